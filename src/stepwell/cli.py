@@ -1,0 +1,44 @@
+"""The command line: `stepwell COMMAND`. Exit codes: 0 done, 2 bad input with one line that says so, 1 failure."""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+# Each is a function of that name in `stepwell.commands.NAME`.
+COMMANDS = ("formats", "inspect")
+BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def build() -> typer.Typer:
+    """Return the application with every command of `COMMANDS`."""
+    app = typer.Typer(name="stepwell", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_options)
+    for name in COMMANDS:
+        app.command(name)(getattr(import_module(f"stepwell.commands.{name}"), name))
+    return app
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        build()()
+    except BAD_INPUT as error:
+        _leave(error, 2)
+    except ImportError as error:
+        _leave(error, 1)
+
+
+def _options(*, show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
+    """Train, explain, predict and ship quantized neural networks, on the exact grid the runtime will use."""
+    if show:
+        print(version("stepwell"))
+        raise typer.Exit
+
+
+def _leave(error: Exception, code: int) -> None:
+    """Print an error as one line and exit."""
+    print("stepwell:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)

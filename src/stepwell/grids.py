@@ -1,0 +1,98 @@
+"""Grid arithmetic: tensors in units of the scale, rounded to a format's values or bracketed by them.
+
+Uniform grids round by arithmetic, all others by a table of thresholds. Everything here is elementwise, allocates little and checks nothing:
+it runs in every training step.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepwell.formats import Format
+from stepwell.rounding import Bracket
+
+
+def round_nearest(units: Tensor, format: Format) -> Tensor:
+    """Return the closest grid value of each element, ties to the even code.
+
+    Args:
+        units: `(*shape)`, weights divided by their scale; float32 or float64.
+        format: the grid.
+
+    Returns:
+        `(*shape)` grid values, saturated to the grid's range.
+    """
+    if format.uniform:
+        if format.shift:
+            return (units + format.shift).round_().clamp_(format.codes[0], format.codes[-1]).sub_(format.shift)
+        return units.round().clamp_(format.low, format.high)
+    table = _tables(format, units.dtype, units.device)
+    return table.values[torch.bucketize(units, table.thresholds)]
+
+
+def bracket(units: Tensor, format: Format) -> Bracket:
+    """Return the neighbouring grid values of each element and the element clamped to the grid's range, all in grid units."""
+    x = units.clamp(format.low, format.high)
+    if format.uniform:
+        code = (x + format.shift).floor_().clamp_(format.codes[0], format.codes[-1] - 1)
+        lower = code - format.shift
+        return Bracket(lower, x, lower + 1, torch.remainder(code, 2) == 1)
+    table = _tables(format, units.dtype, units.device)
+    index = torch.bucketize(x, table.values[1:-1], right=True)
+    return Bracket(table.values[index], x, table.values[index + 1], table.even[index + 1])
+
+
+def to_codes(values: Tensor, format: Format) -> Tensor:
+    """Return the stored codes, int8 (uint8 where they exceed 127), of exact grid values `(*shape)`."""
+    dtype = torch.uint8 if max(format.codes) > 127 else torch.int8
+    if format.uniform:
+        return (values + format.shift).to(torch.int16).to(dtype)
+    table = _tables(format, values.dtype, values.device)
+    return table.codes.to(dtype)[torch.searchsorted(table.values, values)]
+
+
+def from_codes(codes: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
+    """Return the grid values `(*shape)` of stored codes; a float grid's negative zero is accepted.
+
+    Raises:
+        ValueError: a code that stands for no number of the format.
+    """
+    allowed = dict(zip(format.codes, format.values, strict=True))
+    if not format.uniform and format.low < 0:
+        allowed[2 ** (format.bits - 1)] = -0.0
+    low, high = min(allowed), max(allowed)
+    table = torch.full((high - low + 1,), torch.nan, dtype=dtype)
+    for code, value in allowed.items():
+        table[code - low] = value
+    index = codes.to(torch.int64) - low
+    if bool(((index < 0) | (index > high - low)).any()):
+        outside = codes[(index < 0) | (index > high - low)][0].item()
+        raise ValueError(f"`codes` of {format} must lie in {low}..{high}: got {outside}. The file may be damaged or of another format.")
+    values = table.to(codes.device)[index]
+    if bool(values.isnan().any()):
+        raise ValueError(
+            f"`codes` holds {codes[values.isnan()][0].item()}, which stands for no number of {format}. The file may be damaged."
+        )
+    return values
+
+
+class _Table(NamedTuple):
+    """A format on one device: sorted values, thresholds between them, stored codes, and which codes are even."""
+
+    values: Tensor
+    thresholds: Tensor
+    codes: Tensor
+    even: Tensor
+
+
+@cache
+def _tables(format: Format, dtype: torch.dtype, device: torch.device) -> _Table:
+    """Return the tables of a format; on a threshold itself the even code wins."""
+    values, codes = torch.tensor(format.values, dtype=dtype), torch.tensor(format.codes)
+    middle, even = (values[1:] + values[:-1]) / 2, codes % 2 == 0
+    # bucketize puts a value equal to a threshold below it: where the code above is even, the threshold moves one ulp down.
+    down = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
+    parts = (values, torch.where(even[1:], down, middle), codes, even)
+    return _Table(*(part.to(device) for part in parts))

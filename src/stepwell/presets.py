@@ -1,0 +1,117 @@
+"""Presets: the quantizers people ask for by name."""
+
+from typing import Literal
+
+from stepwell.blocks import Block
+from stepwell.formats import FP4_E2M1, FP8_E4M3, FP8_E5M2, TERNARY, Format, Levels, integer
+from stepwell.quantizers import Compute, Quantizer, Rule
+from stepwell.scales import ScaleDtype
+
+SCALE_DTYPES = ("fp32", "fp16", "bf16", "e8m0", "e4m3")
+
+
+def intn(
+    bits: int,
+    *,
+    block: Block = 32,
+    scale: Rule = "absmax",
+    scale_dtype: ScaleDtype = "fp32",
+    levels: Levels = "symmetric",
+    axis: int | None = None,
+    compute: Compute = None,
+) -> Quantizer:
+    """Return an integer grid of `bits` bits.
+
+    Args:
+        bits: 2..8.
+        block: elements per scale along the contraction dimension, "channel", or None for one scale per tensor.
+        scale: "absmax", "mse" (searched), or a positive number: the scale itself.
+        scale_dtype: "fp32", "fp16", "bf16", "e8m0" (a power of two, rounded up) or "e4m3" (rounded up, with a tensor scale).
+        levels: "symmetric" -q..q, "full" -(q+1)..q with a signed scale, "mid" half-odd codes without a zero, "affine" with a zero point.
+        axis: the contraction dimension where it is not the usual one.
+        compute: "bf16" or "fp16" where the runtime rounds `scale * code` to that dtype.
+
+    Raises:
+        ValueError: any of these outside what is listed.
+
+    >>> print(intn(4, block=128, scale_dtype="fp16", levels="full"))
+    int4/full block 128, absmax fp16 scales
+    """
+    return _build(integer(bits, levels), block, scale, scale_dtype, axis, compute)
+
+
+def int2(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+    """Return `intn(2, ...)`: three levels if symmetric, four if "full" or "mid"."""
+    return intn(2, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
+
+
+def int3(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+    """Return `intn(3, ...)`."""
+    return intn(3, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
+
+
+def int4(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+    """Return `intn(4, ...)`."""
+    return intn(4, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
+
+
+def int8(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+    """Return `intn(8, ...)`."""
+    return intn(8, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
+
+
+def ternary(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32") -> Quantizer:
+    """Return the grid -1, 0, 1."""
+    return _build(TERNARY, block, scale, scale_dtype, None, None)
+
+
+def fp4(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", compute: Compute = None) -> Quantizer:
+    """Return fp4_e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 with sign) under a scale of your choice; see also `mxfp4` and `nvfp4`."""
+    return _build(FP4_E2M1, block, scale, scale_dtype, None, compute)
+
+
+def fp8(
+    *, kind: Literal["e4m3", "e5m2"] = "e4m3", block: Block = "channel", scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32"
+) -> Quantizer:
+    """Return fp8 e4m3 (largest 448) or e5m2 (largest 57344), scaled so that the block's largest weight sits on the largest value."""
+    if kind not in ("e4m3", "e5m2"):
+        raise ValueError(f"`kind` must be 'e4m3' or 'e5m2': got {kind!r}.")
+    return _build(FP8_E4M3 if kind == "e4m3" else FP8_E5M2, block, scale, scale_dtype, None, None)
+
+
+def mxfp4(*, rule: Literal["ceil", "floor"] = "ceil", compute: Compute = None) -> Quantizer:
+    """Return MXFP4: fp4_e2m1 in blocks of 32 under a power-of-two scale (e8m0).
+
+    Args:
+        rule: "ceil" takes the smallest power of two that does not saturate; "floor" is the OCP rule, under which the largest weights of
+            some blocks lie outside the grid and randomized rounding is biased there.
+        compute: as in `intn`.
+    """
+    if rule not in ("ceil", "floor"):
+        raise ValueError(f"`rule` must be 'ceil' or 'floor': got {rule!r}.")
+    return Quantizer(FP4_E2M1, 32, "absmax", "e8m0", "up" if rule == "ceil" else "floor", compute=compute)
+
+
+def nvfp4(*, compute: Compute = None) -> Quantizer:
+    """Return NVFP4: fp4_e2m1 in blocks of 16 under e4m3 scales, rounded up, and one float32 scale per tensor."""
+    return Quantizer(FP4_E2M1, 16, "absmax", "e4m3", "up", compute=compute)
+
+
+def _build(format: Format, block: Block, scale: Rule, scale_dtype: ScaleDtype, axis: int | None, compute: Compute) -> Quantizer:
+    """Check the options that the presets share and return the quantizer."""
+    if not (block is None or block == "channel" or (isinstance(block, int) and not isinstance(block, bool) and block > 0)):
+        raise ValueError(f"`block` must be a positive integer, 'channel' or None (one scale per tensor): got {block!r}.")
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        scale = float(scale)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"`scale` as a number must be positive and finite: got {scale}.")
+    elif scale not in ("absmax", "mse"):
+        raise ValueError(f"`scale` must be 'absmax', 'mse' or a positive number: got {scale!r}.")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}: got {scale_dtype!r}.")
+    if compute not in (None, "fp16", "bf16"):
+        raise ValueError(f"`compute` must be None, 'fp16' or 'bf16': got {compute!r}.")
+    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+        raise ValueError(f"`axis` must be an integer dimension or None: got {axis!r}.")
+    rounding: Literal["up", "nearest"] = "up" if scale_dtype in ("e8m0", "e4m3") else "nearest"
+    return Quantizer(format, block, scale, scale_dtype, rounding, axis=axis, compute=compute)

@@ -1,0 +1,259 @@
+"""Quantizer: a format, the blocks that share a scale, the rule that fits the scale, and the dtype that stores it.
+
+One frozen record describes a grid completely. Calling it rounds a weight; `bracket` gives the neighbours that every training method is a
+function of; `encode` gives the codes and scales that are stored and shipped. Codes and scales are identical in all three.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepwell import grids, scales
+from stepwell.blocks import Block, block_length, from_blocks, scale_shape, to_blocks
+from stepwell.formats import Format
+from stepwell.rounding import Bracket, Rounding
+from stepwell.scales import Fit, ScaleDtype, ScaleRounding
+
+Rule = Literal["absmax", "mse"] | float
+Compute = Literal["fp16", "bf16"] | None
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A complete description of a weight grid; build one with `int4()`, `nvfp4()`, `target(..)` and their relatives.
+
+    Attributes:
+        format: the grid of element values, in units of the scale.
+        block: elements per scale along the contraction dimension; "channel" one scale per output, None one per tensor.
+        rule: how a scale follows from a block: "absmax", "mse" (search), or a number that is the scale itself.
+        scale_dtype: what the scale is stored in. "e4m3" scales come with one more float32 scale per tensor.
+        scale_rounding: how the scale reaches that dtype. "up" never saturates, "floor" is the OCP MX rule.
+        zero: what an "affine" grid stores per block: an integer zero point in codes, or the block's minimum as a weight.
+        axis: the contraction dimension; None is the last of two, all but the first of more.
+        compute: dtype that the runtime rounds `scale * code` to before it multiplies; None keeps the weight's own.
+    """
+
+    format: Format
+    block: Block = None
+    rule: Rule = "absmax"
+    scale_dtype: ScaleDtype = "fp32"
+    scale_rounding: ScaleRounding = "nearest"
+    zero: Literal["integer", "minimum"] = "integer"
+    axis: int | None = None
+    compute: Compute = None
+
+    def __call__(self, weight: Tensor, *, scale: Tensor | None = None, rounding: Rounding | None = None) -> Tensor:
+        """Return the weight on the grid.
+
+        Args:
+            weight: `(*shape)`, any float dtype; rounded in float32, or float64 if it is float64.
+            scale: `(rows, blocks per row)` scales to use instead of fitting them; each is rounded to the scale dtype.
+            rounding: None is round to nearest, ties to the even code; or `stochastic(generator)`.
+
+        Returns:
+            `(*shape)` in the weight's dtype.
+
+        Raises:
+            TypeError: an integer weight.
+            ValueError: an empty or non-finite weight, a block that does not divide, scales of another size.
+        """
+        blocks, fit, _ = self._prepare(weight, scale)
+        rounded = self.snap(blocks, fit) if rounding is None else self.deliver(self._round(blocks, fit, rounding), fit)
+        return from_blocks(rounded, tuple(weight.shape), self.block, self.axis).to(weight.dtype)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Return the fitted scales, `(rows, blocks per row)`, in weight units, with every factor of the scale's storage in them."""
+        _, fit, _ = self._prepare(weight, None)
+        return fit.scale.reshape(scale_shape(tuple(weight.shape), self.block, self.axis))
+
+    def bracket(self, weight: Tensor, *, scale: Tensor | None = None) -> Bracket:
+        """Return the neighbours of every weight and the weight clamped between them, `(*shape)` each, in weight units.
+
+        Where the scale rule saturates, a weight outside the grid is clamped to the outermost value: randomized rounding is then biased by
+        that distance.
+        """
+        blocks, fit, _ = self._prepare(weight, scale)
+        found, shape = self.enclose(blocks, fit), tuple(weight.shape)
+        assert found.upper_even is not None
+        lower, x, upper = (from_blocks(part, shape, self.block, self.axis).to(weight.dtype) for part in found[:3])
+        return Bracket(lower, x, upper, from_blocks(found.upper_even, shape, self.block, self.axis))
+
+    def encode(self, weight: Tensor, *, scale: Tensor | None = None, rounding: Rounding | None = None) -> "Encoded":
+        """Return the codes and scales that are stored and shipped; `encode(w).decode()` equals `self(w)` bit for bit."""
+        blocks, fit, tensor_scale = self._prepare(weight, scale)
+        values = grids.round_nearest(fit.to_units(blocks), self.format) if rounding is None else self._round(blocks, fit, rounding)
+        shape = tuple(weight.shape)
+        grouped = scale_shape(shape, self.block, self.axis)
+        stored = fit.scale if tensor_scale is None else _factor(fit.scale, tensor_scale)
+        zeros = fit.zero if fit.minimum is None else fit.minimum
+        return Encoded(
+            codes=from_blocks(grids.to_codes(values, self.format), shape, self.block, self.axis).contiguous(),
+            scales=stored.reshape(grouped),
+            quantizer=self,
+            tensor_scale=tensor_scale,
+            zero_points=None if zeros is None else zeros.reshape(grouped),
+        )
+
+    # The step path: blocks in, blocks out, nothing checked.
+
+    def fit(self, blocks: Tensor, *, tensor_scale: Tensor | None = None) -> Fit:
+        """Return the scale of every block of `(blocks, block)` by this quantizer's rule, as it will be stored."""
+        if isinstance(self.rule, float):
+            wanted = torch.full_like(blocks[:, :1], self.rule)
+            low = torch.aminmax(blocks, dim=1, keepdim=True)[0] if self.format.levels == "affine" else wanted
+            return self._stored(wanted, low, tensor_scale)
+        low, high = scales.extremes(blocks)
+        wanted = scales.absmax(low, high, self.format)
+        if self.zero == "minimum" and self.format.levels == "affine":
+            wanted = (high - low) / self.format.high
+        best = self._stored(wanted, low, tensor_scale)
+        if self.rule == "absmax":
+            return best
+        error = (self.snap(blocks, best) - blocks).square_().sum(1, keepdim=True)
+        for factor in scales.SHRINK[1:]:
+            trial = self._stored(wanted * factor, low, tensor_scale)
+            trial_error = (self.snap(blocks, trial) - blocks).square_().sum(1, keepdim=True)
+            better = trial_error < error
+            error = torch.where(better, trial_error, error)
+            best = Fit(*(None if a is None else torch.where(better, b, a) for a, b in zip(best, trial, strict=True)))  # type: ignore[arg-type]
+        return best
+
+    def tensor_scale(self, blocks: Tensor) -> Tensor | None:
+        """Return the float32 scale of the scales, 0-dim, where the scale dtype needs one (e4m3), else None."""
+        if self.scale_dtype != "e4m3":
+            return None
+        return scales.tensor_scale(torch.linalg.vector_norm(blocks, ord=torch.inf), self.format)
+
+    def snap(self, blocks: Tensor, fit: Fit) -> Tensor:
+        """Return `(blocks, block)` rounded to nearest, in weight units."""
+        return self.deliver(grids.round_nearest(fit.to_units(blocks), self.format), fit)
+
+    def deliver(self, units: Tensor, fit: Fit) -> Tensor:
+        """Return grid values `(blocks, block)` as the weights a runtime multiplies with, `compute` rounding included."""
+        weights = fit.to_weights(units)
+        if self.compute is None:
+            return weights
+        return weights.to(scales.TORCH_DTYPES[self.compute]).to(weights.dtype)
+
+    def enclose(self, blocks: Tensor, fit: Fit) -> Bracket:
+        """Return the bracket of `(blocks, block)` in weight units."""
+        lower, _, upper, even = grids.bracket(fit.to_units(blocks), self.format)
+        one, two = self.deliver(lower, fit), self.deliver(upper, fit)
+        bottom, top = torch.minimum(one, two), torch.maximum(one, two)
+        assert even is not None
+        flipped = one > two  # a negative scale turns the grid over
+        return Bracket(bottom, blocks.clamp(bottom, top), top, even ^ flipped)
+
+    def local(self) -> "Quantizer":
+        """Return the same grid for weights that are already `(blocks, block)`: one scale per row, last dimension contracted."""
+        return replace(self, block="channel", axis=None)
+
+    def __str__(self) -> str:
+        block = {None: "tensor", "channel": "channel"}.get(self.block, f"block {self.block}")  # type: ignore[arg-type]
+        rule = f"scale {self.rule:g}" if isinstance(self.rule, float) else self.rule
+        extra = "" if self.compute is None else f", computed in {self.compute}"
+        axis = "" if self.axis is None else f", axis {self.axis}"
+        return f"{self.format} {block}, {rule} {self.scale_dtype} scales{axis}{extra}"
+
+    def _prepare(self, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Fit, Tensor | None]:
+        """Check a weight and return its blocks, their fit and the scale of the scales."""
+        check_weight(weight)
+        block_length(tuple(weight.shape), self.block, self.axis)
+        work = weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
+        blocks = to_blocks(work, self.block, self.axis)
+        if scale is None:
+            tensor_scale = self.tensor_scale(blocks)
+            return blocks, self.fit(blocks, tensor_scale=tensor_scale), tensor_scale
+        if scale.numel() != blocks.shape[0]:
+            expected = scale_shape(tuple(weight.shape), self.block, self.axis)
+            raise ValueError(f"`scale` must hold one value per block: got shape {tuple(scale.shape)}, expected {expected}.")
+        wanted = scale.detach().to(blocks).reshape(-1, 1)
+        if not bool(wanted.isfinite().all()):
+            raise ValueError(f"`scale` must be finite: got {wanted[~wanted.isfinite()][0].item()}.")
+        tensor_scale = None
+        if self.scale_dtype == "e4m3":
+            tensor_scale = scales.tensor_scale(wanted.abs().max() * self.format.edge, self.format)
+        low = scales.extremes(blocks)[0] if self.format.levels == "affine" else wanted
+        return blocks, self._stored(wanted, low, tensor_scale), tensor_scale
+
+    def _stored(self, wanted: Tensor, low: Tensor, tensor_scale: Tensor | None) -> Fit:
+        """Return unrounded scales `(blocks, 1)` as their dtype holds them, with the zero points that follow."""
+        wanted = scales.settle(wanted, self.format) if self.scale_dtype == "fp32" and not isinstance(self.rule, float) else wanted
+        if self.scale_rounding == "floor":
+            wanted = wanted * (self.format.edge / 2.0 ** (self.format.edge.as_integer_ratio()[0].bit_length() - 1))
+        if tensor_scale is None:
+            scale = scales.store(wanted, self.scale_dtype, self.scale_rounding)
+        else:
+            divisor = tensor_scale.masked_fill(tensor_scale == 0, torch.inf)
+            scale = scales.store(wanted / divisor, self.scale_dtype, self.scale_rounding) * tensor_scale
+        if self.format.levels != "affine":
+            return Fit(scale)
+        if self.zero == "minimum":
+            return Fit(scale, minimum=scales.store(low, self.scale_dtype, self.scale_rounding))
+        return Fit(scale, zero=scales.zero_point(low, scale, self.format))
+
+    def _round(self, blocks: Tensor, fit: Fit, rounding: Rounding) -> Tensor:
+        """Return the grid values that a rounding rule picks, in units of the scale."""
+        return rounding(grids.bracket(fit.to_units(blocks), self.format))
+
+
+class Encoded(NamedTuple):
+    """A weight as it is stored and shipped.
+
+    Attributes:
+        codes: `(*shape)` of the weight; signed integers, or bit patterns of float formats.
+        scales: `(rows, blocks per row)`, exactly representable in the quantizer's scale dtype.
+        quantizer: the grid.
+        tensor_scale: 0-dim scale of the scales (e4m3), or None.
+        zero_points: `(rows, blocks per row)` of "affine" grids: codes that stand for zero, or weights of code 0; else None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    quantizer: Quantizer
+    tensor_scale: Tensor | None = None
+    zero_points: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        """Return the weight `(*shape)` in the scales' dtype: exactly the values that training and the runtime multiply with.
+
+        Raises:
+            ValueError: a code that the format does not have.
+        """
+        q = self.quantizer
+        units = to_blocks(grids.from_codes(self.codes, q.format, self.scales.dtype), q.block, q.axis)
+        scale = self.scales.reshape(-1, 1)
+        if self.tensor_scale is not None:
+            scale = scale * self.tensor_scale
+        zeros = None if self.zero_points is None else self.zero_points.reshape(-1, 1)
+        fit = Fit(scale, minimum=zeros) if q.zero == "minimum" else Fit(scale, zero=zeros)
+        return from_blocks(q.deliver(units, fit), tuple(self.codes.shape), q.block, q.axis)
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Refuse what no grid can hold.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: empty, or NaN or infinite somewhere.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"`{name}` must be a floating-point tensor: got {kind}. Leave this parameter out with `skip=[...]`.")
+    if not weight.numel():
+        raise ValueError(f"`{name}` must have elements: got shape {tuple(weight.shape)}. Leave this parameter out with `skip=[...]`.")
+    finite = weight.detach().isfinite()
+    if not bool(finite.all()):
+        bad = weight.detach()[~finite]
+        raise ValueError(
+            f"`{name}` must be finite: got {bad.numel()} of {weight.numel()} elements such as {bad[0].item()}. "
+            "Find the step that produced them (a loss of NaN, an overflow in half precision) before quantizing."
+        )
+
+
+def _factor(scale: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Return the e4m3 scales of effective ones, exactly."""
+    divisor = tensor_scale.masked_fill(tensor_scale == 0, torch.inf)
+    return scales.store(scale / divisor, "e4m3", "nearest")
