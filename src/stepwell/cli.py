@@ -24,18 +24,24 @@ def build() -> typer.Typer:
 def main() -> None:
     """Run the command line and leave with its exit code."""
     try:
-        build()()
+        build()(prog_name="stepwell")
     except BAD_INPUT as error:
         _leave(error, 2)
     except ImportError as error:
         _leave(error, 1)
 
 
-def _options(*, show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
-    """Train, explain, predict and ship quantized neural networks, on the exact grid the runtime will use."""
-    if show:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(version("stepwell"))
         raise typer.Exit
+
+
+def _options(
+    *,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Train, explain, predict and ship quantized neural networks, on the exact grid the runtime will use."""
 
 
 def _leave(error: Exception, code: int) -> None:
