@@ -105,7 +105,7 @@ def test_ruler_marks_values_where_they_lie():
 def test_inspect_counts_bits_per_weight(run, tmp_path):
     weight = gaussian(64, 96)
     encoded = {
-        "plain": int4(block=32).encode(weight),
+        "layers[0].plain": int4(block=32).encode(weight),
         "half": int4(block=16, scale_dtype="fp16").encode(weight),
         "nv": nvfp4().encode(weight),
     }
