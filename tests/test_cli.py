@@ -105,7 +105,7 @@ def test_ruler_marks_values_where_they_lie():
 def test_inspect_counts_bits_per_weight(run, tmp_path):
     weight = gaussian(64, 96)
     encoded = {
-        "layers[0].plain": int4(block=32).encode(weight),
+        "layers[red].plain": int4(block=32).encode(weight),
         "half": int4(block=16, scale_dtype="fp16").encode(weight),
         "nv": nvfp4().encode(weight),
     }
@@ -115,10 +115,10 @@ def test_inspect_counts_bits_per_weight(run, tmp_path):
     bits = {row["name"]: row["bits_per_weight"] for row in found["weights"]}
     assert (code, found["kind"]) == (0, "encoded weights")
     # code + scale / block, plus one float32 for the tensor where there is one
-    assert bits == pytest.approx({"layers[0].plain": 4 + 32 / 32, "half": 4 + 16 / 16, "nv": 4 + 8 / 16 + 32 / weight.numel()}, rel=1e-12)
+    assert bits == pytest.approx({"layers[red].plain": 4 + 32 / 32, "half": 4 + 16 / 16, "nv": 4 + 8 / 16 + 32 / weight.numel()}, rel=1e-12)
     assert all(row["shape"] == [64, 96] for row in found["weights"])
     table = run("inspect", tmp_path / "w.safetensors")[1]
-    assert all(word in table for word in ("layers[0].plain", "64 x 96", "int4", "fp4_e2m1", "3 weights"))
+    assert all(word in table for word in ("layers[red].plain", "64 x 96", "int4", "fp4_e2m1", "3 weights"))
 
 
 def test_inspect_shows_plain_safetensors(run, tmp_path):
