@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"formats", "rounding", "randomness", "blocks"}, {"report"}),
     ({"grids", "scales", "quantizers", "presets", "runtimes", "packing", "storage", "selection"},),
     ({"methods"}, {"ptq"}, {"theory"}, {"health"}),
-    ({"attach", "optim", "activations", "testbed"},),
+    ({"run", "optim", "activations", "testbed"},),
     ({"probes"},),
     ({"advise"}, {"export"}),
     ({"train", "recipes", "integrations"},),
@@ -198,22 +198,22 @@ OURS = {
     "stepwell.methods.ste",
     "stepwell.ptq.rtn",
     "stepwell.report.page",
-    "stepwell.attach",
+    "stepwell.run.attach",
 }
 
 
 @pytest.mark.parametrize(
     ("module", "source", "count"),
     [
-        ("stepwell.attach", "from stepwell.methods import ste", 0),
+        ("stepwell.run.attach", "from stepwell.methods import ste", 0),
         ("stepwell.methods.ste", "from stepwell.quantizers import Quantizer", 0),
-        ("stepwell.methods.ste", "def f():\n    from stepwell.attach import attach", 1),
+        ("stepwell.methods.ste", "def f():\n    from stepwell.run.attach import attach", 1),
         ("stepwell.methods.ste", "from stepwell.ptq import rtn", 1),
         ("stepwell.theory.closure", "from stepwell.formats import integer", 0),
         ("stepwell.theory.closure", "import stepwell.quantizers", 1),
         ("stepwell.formats", "from stepwell.quantizers import Quantizer", 1),
         ("stepwell.report.page", "from stepwell.formats import Format", 1),
-        ("stepwell.attach", "from stepwell.report.page import page", 1),
+        ("stepwell.run.attach", "from stepwell.report.page import page", 1),
         ("stepwell.train.digits", "from stepwell.report.page import page", 0),
         ("stepwell.methods.ste", "import stepwell", 1),
         ("stepwell.methods.ste", "from stepwell import lotion", 1),
@@ -233,7 +233,7 @@ def test_upward_import_is_found(module, source, count):
         ("stepwell.export.onnx", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx", 0),
         ("stepwell.theory.closure", "from torch import Tensor", 1),
         ("stepwell.commands.inspect", "class A:\n    import torch", 1),
-        ("stepwell.attach", "import torch", 0),
+        ("stepwell.run.attach", "import torch", 0),
     ],
 )
 def test_heavy_import_is_found(module, source, count):
