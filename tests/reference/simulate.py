@@ -1,0 +1,75 @@
+"""Online SGD in paper notation, one sample after the other in NumPy and float64: slow, and plain enough to be read against the model.
+
+y = w*.x / sqrt(d) + sigma xi          yhat = psi(w).phi(x) / sqrt(d)          e = y - yhat
+w_i <- w_i + (eta / sqrt d) mean_b(e_b phi(x_bi)) - (eta lam / d) w_i
+clipped STE: the gradient term only where |w_i| <= c
+LOTION: w instead of psi(w) in yhat, and - (eta lambda rho / 2d) Delta (1 - 2 f_i), f_i = position of w_i inside its lattice cell
+PTQ: w instead of psi(w) in yhat
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass
+class Model:
+    psi: Callable[[Array], Array]
+    phi: Callable[[Array], Array]
+    method: str
+    eta: float
+    sigma: float = 0.0
+    lam: float = 0.0
+    c: float = np.inf
+    strength: float = 1.0
+    Delta: float = 1.0
+    offset: float = 0.0  # any level
+    a: float = 1.0
+    rho: float = 1.0
+
+
+def sgd(model: Model, w: Array, w_star: Array, x: Array, xi: Array) -> list[Array]:
+    """Return the weights before the first and after every step.
+
+    `x` is `(steps, batch, d)`, `xi` is `(steps, batch)`; both standard normal.
+    """
+    d, eta = len(w), model.eta
+    path = [w.copy()]
+    for x_step, xi_step in zip(x, xi, strict=True):
+        forward = model.psi(w) if model.method in ("ste", "clipped_ste") else w
+        gradient = np.zeros(d)
+        for x_b, xi_b in zip(x_step, xi_step, strict=True):
+            e = w_star @ x_b / np.sqrt(d) + model.sigma * xi_b - forward @ model.phi(x_b) / np.sqrt(d)
+            gradient += e * model.phi(x_b) / len(x_step)
+        if model.method == "clipped_ste":
+            gradient[np.abs(w) > model.c] = 0
+        decay = eta * model.lam / d * w
+        penalty = np.zeros(d)
+        if model.method == "lotion":
+            f = np.mod((w - model.offset) / model.Delta, 1)
+            penalty = eta * model.strength * model.rho / (2 * d) * model.Delta * (1 - 2 * f)
+        w = w + eta / np.sqrt(d) * gradient - decay - penalty
+        path.append(w)
+    return path
+
+
+def generalization_error(model: Model, weight: Array, w_star: Array) -> float:
+    """Return eps_g of a weight vector, from its overlaps."""
+    d = len(weight)
+    return (w_star @ w_star / d - 2 * model.a * weight @ w_star / d + model.rho * weight @ weight / d) / 2
+
+
+def staircase(levels: Array, temperature: float = 0.0) -> Callable[[Array], Array]:
+    """Return the nearest level, or its average under Gaussian noise of that width by 4,001-point quadrature."""
+
+    def nearest(v: Array) -> Array:
+        return levels[np.argmin(np.abs(v[..., None] - levels), axis=-1)]
+
+    if temperature == 0:
+        return nearest
+    g = np.linspace(-8, 8, 4001)
+    mass = np.exp(-(g**2) / 2) / np.exp(-(g**2) / 2).sum()
+    return lambda v: nearest(v[..., None] + temperature * g) @ mass
