@@ -13,7 +13,7 @@ WORKERS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := pyproject.toml constraints.txt
