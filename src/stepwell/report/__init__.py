@@ -1,0 +1,9 @@
+"""One self-contained HTML page for people: findings first, figures with their data, tables; works offline.
+
+Imports no other part of the library: callers hand over plain strings, numbers and sequences.
+"""
+
+from stepwell.report.figures import Axis, Panel, Series, draw, standalone
+from stepwell.report.page import Figure, Finding, Page, Section, Table, render, write
+
+__all__ = ["Axis", "Figure", "Finding", "Page", "Panel", "Section", "Series", "Table", "draw", "render", "standalone", "write"]
