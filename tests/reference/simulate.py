@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
 
 Array = np.ndarray
 
@@ -63,13 +64,17 @@ def generalization_error(model: Model, weight: Array, w_star: Array) -> float:
 
 
 def staircase(levels: Array, temperature: float = 0.0) -> Callable[[Array], Array]:
-    """Return the nearest level, or its average under Gaussian noise of that width by 4,001-point quadrature."""
-
-    def nearest(v: Array) -> Array:
-        return levels[np.argmin(np.abs(v[..., None] - levels), axis=-1)]
-
+    """Return the nearest level; at T > 0 the mean level under Gaussian noise of that width, from the probability of every cell."""
     if temperature == 0:
-        return nearest
-    g = np.linspace(-8, 8, 4001)
-    mass = np.exp(-(g**2) / 2) / np.exp(-(g**2) / 2).sum()
-    return lambda v: nearest(v[..., None] + temperature * g) @ mass
+        return lambda v: levels[np.argmin(np.abs(v[..., None] - levels), axis=-1)]
+    return lambda v: np.diff(norm.cdf((walls(levels) - v[..., None]) / temperature)) @ levels
+
+
+def coefficients(levels: Array) -> tuple[float, float]:
+    """Return a = E[x phi(x)] and rho = E[phi(x)^2] for x ~ N(0, 1), cell by cell."""
+    return float(-np.diff(norm.pdf(walls(levels))) @ levels), float(np.diff(norm.cdf(walls(levels))) @ levels**2)
+
+
+def walls(levels: Array) -> Array:
+    """Return the ends of the cells of the levels, the outer ones infinite."""
+    return np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
