@@ -1,0 +1,1 @@
+"""Training methods: one published method, one file, one factory."""

@@ -1,0 +1,98 @@
+"""Method: a quantizer and up to five pure functions of blocks, which a Run calls around the user's optimizer.
+
+A method never sees a model, a module or a shard. It sees `(blocks, block)` tensors in which each row shares one scale: a whole parameter,
+or some rows of it when the Run works through it in pieces. Randomness comes from the context and is a function of the element's place in
+the parameter, so pieces and shards draw what the whole would.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from stepwell import randomness
+from stepwell.quantizers import Quantizer
+from stepwell.scales import Fit
+
+
+class Context(NamedTuple):
+    """What a method may know besides the tensors it is given.
+
+    Attributes:
+        quantizer: the grid for `(blocks, block)` rows, one scale each.
+        step: optimizer steps done since the run began.
+        lr: 0-dim, learning rate of the parameter's group.
+        loss_terms: 0-dim, loss terms averaged per optimizer step; 1 where the curvature is given by the caller.
+        fit: scales that the Run holds (searched, learned, or spanning the whole tensor); None means refit from the weight.
+        tensors: the method's own tensors for these rows, as `init` made them; they may be updated in place.
+        key: of this parameter's random stream at this step.
+        offset: index of the first element of the first row within the whole parameter.
+    """
+
+    quantizer: Quantizer
+    step: int
+    lr: Tensor
+    loss_terms: Tensor
+    fit: Fit | None
+    tensors: Mapping[str, Tensor]
+    key: int
+    offset: int
+
+    def fitted(self, weight: Tensor) -> Fit:
+        """Return the Run's scales for these rows, or refit them."""
+        return self.quantizer.fit(weight) if self.fit is None else self.fit
+
+    def uniform(self, weight: Tensor) -> Tensor:
+        """Return draws in [0, 1), one per element of `weight`."""
+        return randomness.uniform(self.key, tuple(weight.shape), offset=self.offset, dtype=weight.dtype, device=weight.device)
+
+
+Deploy = Callable[[Tensor, Context], Tensor]
+Gradient = Callable[[Tensor, Tensor, Tensor, Context], Tensor]
+WithCurvature = Callable[[Tensor, Tensor, Context], Tensor]
+Init = Callable[[Tensor, Quantizer], dict[str, Tensor]]
+Curvature = Mapping[str, Tensor] | Callable[[str], Tensor]
+
+
+class Method(NamedTuple):
+    """A training method; every function takes and returns `(blocks, block)` tensors and None means it is not needed.
+
+    Attributes:
+        quantizer: the grid that the method aims at and that `finalize` rounds to.
+        name: short, for tables and messages.
+        deploy: `(weight, context)` -> what the forward pass sees. With it, the Run keeps the latent weights.
+        gradient: `(gradient, weight, deployed, context)` -> the gradient that the optimizer sees.
+        push: `(weight, curvature, context)` -> gradient of a penalty, fed to the first moment only.
+        prox: `(weight, curvature, context)` -> the weight after the optimizer's step.
+        init: `(weight, quantizer)` -> the method's own tensors, each with one row per block.
+        curvature: `(blocks, block)` positive numbers come from here: None is the optimizer's bias-corrected second moment; else a mapping
+            or function from parameter name to a tensor of the parameter's shape.
+        loss_terms: loss terms averaged per optimizer step, where the method counts them; None where the Run is told.
+        curved: whether `prox` reads its curvature; where it does not, any optimizer will do and it is given the weight instead.
+    """
+
+    quantizer: Quantizer
+    name: str
+    deploy: Deploy | None = None
+    gradient: Gradient | None = None
+    push: WithCurvature | None = None
+    prox: WithCurvature | None = None
+    init: Init | None = None
+    curvature: Curvature | None = None
+    loss_terms: float | None = None
+    curved: bool = True
+
+    @property
+    def deploys_nearest(self) -> bool:
+        """Whether the forward pass sees the nearest grid weights."""
+        return self.deploy is round_nearest
+
+    @property
+    def axis(self) -> int | None:
+        """The quantizer's contraction dimension."""
+        return self.quantizer.axis
+
+
+def round_nearest(weight: Tensor, context: Context) -> Tensor:
+    """Return the weight on its grid: the forward pass of straight-through training."""
+    return context.quantizer.snap(weight, context.fitted(weight))

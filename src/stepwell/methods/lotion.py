@@ -1,0 +1,161 @@
+"""LOTION: train on the loss that randomized rounding has on average, in closed form to second order.
+
+Source: Kwun et al., "LOTION: Smoothing the Optimization Landscape for Quantized Training" (arXiv:2510.08757), Eq. 3:
+loss + strength/2 * sum_i g_i (x_i - lower_i)(upper_i - x_i), with g the diagonal of the Gauss-Newton matrix.
+Symbols: g = curvature, s = scale, z = weight / s, r = z - round(z), f = slope of D (1 - D) with D the place of the weight in its cell.
+Differs: g is Adam's bias-corrected second moment of the *task* gradient, times the loss terms averaged per step; the penalty feeds the
+first moment only (fed to both it blows up); the scale is differentiated (the paper leaves this open; it is the most valuable choice).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from stepwell import grids
+from stepwell.blocks import from_blocks, to_blocks
+from stepwell.methods.base import Context, Curvature, Method, round_nearest
+from stepwell.methods.ste import check_quantizer
+from stepwell.quantizers import Quantizer
+from stepwell.rounding import nearest, variance
+from stepwell.scales import Fit
+
+
+def lotion(
+    quantizer: Quantizer,
+    *,
+    strength: float = 1.0,
+    loss_terms: float | None = None,
+    through_scale: bool = True,
+    forward: str = "latent",
+    curvature: Curvature | None = None,
+) -> "Method":
+    """Return LOTION training on a grid.
+
+    Args:
+        quantizer: the grid.
+        strength: of the penalty, in theory's unit: 1 is the smoothed loss itself.
+        loss_terms: loss terms averaged per optimizer step (batch times sequence for a language model): Adam's second moment is the squared
+            *mean* gradient, that much smaller than the curvature. None: set `run.loss_terms` before
+            the first step. Not used with `curvature=`.
+        through_scale: differentiate the scale as well as the place in the cell.
+        forward: "latent" trains on the latent weights; "nearest" on rounded ones with the straight-through gradient (STE + LOTION).
+        curvature: mapping or function from parameter name to the curvature of the loss; None takes the optimizer's second moment.
+
+    Raises:
+        TypeError: `quantizer` is no Quantizer.
+        ValueError: a strength or a count of loss terms that is negative or not finite, or an unknown `forward`.
+    """
+    check_quantizer(quantizer)
+    if not (isinstance(strength, int | float) and math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"`strength` must be a finite number, 0 or more: got {strength!r}. Theory's value is 1.")
+    if forward not in ("latent", "nearest"):
+        raise ValueError(f"`forward` must be 'latent' or 'nearest': got {forward!r}.")
+    if loss_terms is not None:
+        check_terms(loss_terms)
+
+    def push(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+        through = through_scale and context.fit is None
+        return penalty_force(weight, curvature, context.quantizer, context.fitted(weight), through).mul_(strength * context.loss_terms)
+
+    nearest_forward = forward == "nearest"
+    return Method(
+        quantizer,
+        "ste + lotion" if nearest_forward else "lotion",
+        deploy=round_nearest if nearest_forward else None,
+        push=push,
+        curvature=curvature,
+        loss_terms=loss_terms,
+    )
+
+
+def check_terms(loss_terms: float) -> None:
+    """Raise unless the number of loss terms is positive and finite."""
+    if isinstance(loss_terms, bool) or not isinstance(loss_terms, int | float) or not (math.isfinite(loss_terms) and loss_terms > 0):
+        raise ValueError(f"`loss_terms` must be a positive number of loss terms per optimizer step: got {loss_terms!r}.")
+
+
+def penalty(weight: Tensor, curvature: Tensor, quantizer: Quantizer) -> Tensor:
+    """Return the penalty `1/2 sum g (x - lower)(upper - x)`, 0-dim.
+
+    Args:
+        weight: `(*shape)`.
+        curvature: `(*shape)`, the diagonal g, in loss per squared weight.
+        quantizer: the grid.
+
+    >>> from stepwell.presets import int4
+    >>> penalty(torch.tensor([1.0, 0.5 / 7], dtype=torch.float64), torch.ones(2, dtype=torch.float64), int4(block=None)).item() * 8 * 49
+    1.0
+    """
+    return (curvature * variance(quantizer.bracket(weight))).sum() / 2
+
+
+def penalty_gradient(weight: Tensor, curvature: Tensor, quantizer: Quantizer, through_scale: bool = True) -> Tensor:
+    """Return the gradient of `penalty`, `(*shape)`, with the curvature held constant; exactly zero in-cell force on grid points.
+
+    Args:
+        weight, curvature, quantizer: as in `penalty`.
+        through_scale: also differentiate the scale. Applies to absmax scales in fp32, fp16 and bf16 (rounding to fp16 or bf16 passes
+            straight through); power-of-two and e4m3 scales are piecewise constant, so there is nothing to differentiate.
+    """
+    blocks, fit, _ = quantizer.prepare(weight)
+    terms = to_blocks(curvature.to(blocks), quantizer.block, quantizer.axis)
+    force = penalty_force(blocks, terms, quantizer, fit, through_scale)
+    return from_blocks(force, tuple(weight.shape), quantizer.block, quantizer.axis).to(weight.dtype)
+
+
+def prox(weight: Tensor, curvature: Tensor, quantizer: Quantizer, strength: float = 1.0, lr: float | Tensor = 0.1) -> Tensor:
+    """Return `argmin_u (u - weight)^2 / (2 lr) + strength * penalty(u)` inside each weight's cell, scale held fixed, `(*shape)`.
+
+    Args:
+        weight, curvature, quantizer: as in `penalty`.
+        strength: raw factor of the penalty.
+        lr: step size, a float or a tensor that broadcasts against the weight.
+
+    The penalty is concave in the cell: with `c = strength lr g` below 1 the weight moves towards its nearest grid point by a factor, from 1
+    on it snaps there.
+    """
+    bracket = quantizer.bracket(weight)
+    factor = strength * lr * curvature.to(weight)
+    inside = factor < 1
+    ratio = torch.where(inside, factor / (1 - torch.where(inside, factor, 0.0)), 0.0)
+    moved = bracket.x - ratio * (bracket.lower + bracket.upper - 2 * bracket.x) / 2
+    return torch.where(inside, moved.clamp(bracket.lower, bracket.upper), nearest(bracket))
+
+
+def penalty_force(weight: Tensor, curvature: Tensor, quantizer: Quantizer, fit: Fit, through_scale: bool) -> Tensor:
+    """Return the gradient of the penalty for `(blocks, block)` rows; nothing is checked."""
+    units = fit.to_units(weight)
+    format = quantizer.format
+    tolerance = 4 * torch.finfo(units.dtype).eps * max(-format.low, format.high)
+    if format.uniform:
+        rest = units.clamp_(format.low, format.high) - grids.round_nearest(units, format)
+        slope = (rest / tolerance).clamp_(-1, 1).sub_(rest, alpha=2)
+        spread = rest.abs_().sub_(rest * rest).mul_(2) if through_scale else rest
+    else:
+        lower, x, upper, _ = grids.bracket(units, format)
+        free = (torch.minimum(x - lower, upper - x) / tolerance).clamp_(0, 1)
+        slope, spread, units = (lower + upper - 2 * x) * free, 2 * (x - lower) * (upper - x) * free, x
+    pull = curvature * fit.scale
+    force = pull * slope * 0.5
+    if not through_scale or quantizer.rule != "absmax" or quantizer.scale_dtype in ("e8m0", "e4m3"):
+        return force
+    base = units if fit.zero is None else units - fit.zero
+    total = spread.addcmul_(base, slope, value=-1).mul_(pull).sum(1, keepdim=True) * 0.5
+    drift = (pull * slope).sum(1, keepdim=True) * 0.5 if fit.minimum is not None else None
+    return _to_extremes(force, weight, quantizer, total, drift)
+
+
+def _to_extremes(force: Tensor, weight: Tensor, quantizer: Quantizer, total: Tensor, drift: Tensor | None) -> Tensor:
+    """Add the derivative through each block's scale, `(blocks, 1)`, to the weights that the absmax rule took it from."""
+    format = quantizer.format
+    if format.levels != "affine":
+        top = weight.abs().argmax(1, keepdim=True)
+        sign = -torch.ones_like(total) if format.levels == "full" else weight.gather(1, top).sign()
+        return force.scatter_add_(1, top, total * sign / format.edge)
+    top, bottom = weight.argmax(1, keepdim=True), weight.argmin(1, keepdim=True)
+    share = total / format.high
+    if drift is not None:  # the stored minimum moves the whole grid along with the lowest weight
+        return force.scatter_add_(1, top, share).scatter_add_(1, bottom, -share - drift)
+    above, below = weight.gather(1, top) > 0, weight.gather(1, bottom) < 0
+    return force.scatter_add_(1, top, share * above).scatter_add_(1, bottom, -share * below)

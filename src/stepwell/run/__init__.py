@@ -1,0 +1,1 @@
+"""The Run: a method living on a model and its optimizers."""

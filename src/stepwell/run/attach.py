@@ -1,0 +1,286 @@
+"""attach: put a method on a model and its optimizers. The user's loop does not change.
+
+Between two steps every managed parameter holds what the forward pass shall see. One step is
+
+    before:  parameter <- latent;  gradient <- method.gradient(..);  first moment += method.push(..)
+    the user's own optimizer steps
+    after:   latent <- method.prox(parameter, ..);  parameter <- method.deploy(latent)
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from stepwell.health import Health, Watch
+from stepwell.methods.base import Method
+from stepwell.methods.lotion import check_terms
+from stepwell.quantizers import Encoded
+from stepwell.run import state
+from stepwell.run.check import managed_of, optimizers_of
+from stepwell.run.managed import Managed, whole_tensor
+from stepwell.run.step import Hooks, Stepper
+
+LossTerms = float | Callable[[int], float] | None
+
+
+class Run:
+    """A method living on a model and its optimizers; made by `attach`.
+
+    Attributes:
+        loss_terms: loss terms averaged per optimizer step: a number, or a function of the step; None takes the method's. Over all ranks.
+    """
+
+    def __init__(
+        self, managed: list[Managed], optimizers: list[Optimizer], *, start: int, seed: int, refit: int, compiled: bool | None
+    ) -> None:
+        """Register the hooks; `attach` has checked everything."""
+        self.loss_terms: LossTerms = None
+        self._managed, self._optimizers = managed, optimizers
+        self._stepper = Stepper(managed, start=start, seed=seed, refit=refit, compiled=compiled)
+        self._watch: dict[str, Watch] = {}
+        self._warned = False
+        self._shown: str | None = None
+        self._incoming: dict[Optimizer, dict[Managed, dict[str, Any]]] = {}
+        self._stepper.begin_run()
+        self._handles = [handle for optimizer in optimizers for handle in self._hooks(optimizer)]
+
+    def __repr__(self) -> str:
+        elements = sum(one.parameter.numel() for one in self._managed)
+        extra = sum(one.latent.numel() * one.latent.element_size() for one in self._managed if one.latent is not None)
+        names = ", ".join(dict.fromkeys(f"{one.method.name} on {one.quantizer}" for one in self._managed))
+        path = "compiled" if self._stepper.compiled else "eager"
+        live = "" if self._handles else ", detached"
+        push = "" if not any(one.method.push for one in self._managed) else f", penalty {self._stepper.penalty}"
+        return (
+            f"Run({names}: {len(self._managed)} parameters, {elements:,} elements; step {self.steps}; {path} path; "
+            f"{extra / 1e6:.1f} MB of latent weights{push}{live})"
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done since the run began, resumed ones included."""
+        return max((self._stepper.steps.get(optimizer, 0) for optimizer in self._optimizers), default=0)
+
+    @contextmanager
+    def deployed(self) -> Iterator[None]:
+        """Hold grid weights in the model while the block runs, whatever the method; evaluate inside."""
+        with self._showing("deployed"):
+            saved = [(one, one.weight.clone()) for one in self._managed if not self._stepper.on_grid(one)]
+            for one, _ in saved:
+                one.weight.copy_(self._encode(one, whole=False).decode())
+            try:
+                yield
+            finally:
+                for one, weight in saved:
+                    one.weight.copy_(weight)
+
+    @contextmanager
+    def latent(self) -> Iterator[None]:
+        """Hold the latent weights in the model while the block runs; what is written to them there is kept."""
+        with self._showing("latent"):
+            held = [one for one in self._managed if one.latent is not None]
+            for one in held:
+                one.weight.copy_(one.latent)  # type: ignore[arg-type]
+            try:
+                yield
+            finally:
+                for one in held:
+                    self._stepper.adopt(one)
+
+    def finalize(self) -> dict[str, Encoded]:
+        """Leave the weights on the grid, remove every hook, and return what is stored and shipped.
+
+        Returns:
+            Parameter name -> `Encoded`, in the model's order; each parameter equals its `decode()`, cast to the parameter's dtype.
+        """
+        self._settle()
+        encoded = {one.name: self._encode(one) for one in self._managed}
+        for one in self._managed:
+            one.weight.copy_(self._encode(one, whole=False).decode())
+        self._remove()
+        return encoded
+
+    def detach(self, *, keep: Literal["latent", "deployed"] = "latent") -> None:
+        """Remove every hook and leave the latent weights in the model, or what the forward pass saw."""
+        if keep not in ("latent", "deployed"):
+            raise ValueError(f"`keep` must be 'latent' or 'deployed': got {keep!r}.")
+        self._settle()
+        for one in self._managed:
+            if keep == "latent" and one.latent is not None:
+                one.weight.copy_(one.latent)
+        self._remove()
+
+    def health(self) -> Health:
+        """Return flips, oscillation, dead and clipped weights since the last call, and how far the weights are from the grid.
+
+        Costs one pass over the weights and, from the first call on, three bytes per element.
+        """
+        self._settle()
+        rows = {}
+        for one in self._managed:
+            weight = one.latent if one.latent is not None else one.weight
+            assert weight is not None
+            blocks = one.blocks(weight)
+            watch = self._watch.setdefault(one.name, Watch())
+            rows[one.name] = watch.look(blocks, one.grid, one.held_fit(blocks))
+        return Health(rows)
+
+    def _encode(self, one: Managed, *, whole: bool = True) -> Encoded:
+        """Encode one parameter, over all its shards where `whole`."""
+        source = one.latent if one.latent is not None else one.weight
+        assert source is not None
+        if whole and hasattr(one.parameter, "full_tensor"):
+            source = whole_tensor(one.parameter, source)
+        return one.quantizer.encode(source, scale=None if one.fit is None else one.fit.scale)
+
+    def _hooks(self, optimizer: Optimizer) -> list[Any]:
+        """Register the five hooks on one optimizer."""
+        asked = Hooks(self._adopt_writes, self._terms)
+
+        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if self._shown is not None:
+                raise RuntimeError(
+                    f"optimizer.step() inside `run.{self._shown}()`: the weights there are for looking. Leave the block first."
+                )
+            return self._stepper.before(optimizer, (args, kwargs), sys._getframe(1), asked)
+
+        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._stepper.after(optimizer, sys._getframe(1))
+
+        def outgoing(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            self._settle()
+            return state.add(optimizer, state_dict, self._managed, self._stepper.steps.get(optimizer, 0))
+
+        def incoming(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            plain, self._incoming[optimizer] = state.split(optimizer, state_dict, self._managed)
+            return plain
+
+        def loaded(optimizer: Optimizer) -> None:
+            self._restore(optimizer, self._incoming.pop(optimizer, {}))
+
+        return [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+            optimizer.register_state_dict_post_hook(outgoing),
+            optimizer.register_load_state_dict_pre_hook(incoming),
+            optimizer.register_load_state_dict_post_hook(loaded),
+        ]
+
+    def _restore(self, optimizer: Optimizer, entries: dict[Managed, dict[str, Any]]) -> None:
+        """Take back what a loaded state dictionary held for one optimizer."""
+        step = state.loaded_step(entries)
+        if step is not None:
+            self._stepper.jump(optimizer, step)
+        mine = [one for one in self._managed if one.optimizer is optimizer]
+        missing = [one.name for one in mine if one.latent is not None and state.LATENT not in entries.get(one, {})]
+        if missing:
+            state.warn_missing(missing)
+        for one in mine:
+            state.restore(one, entries.get(one, {}))
+            if one.latent is not None:
+                if one.name in missing:
+                    self._stepper.adopt(one)
+                else:
+                    self._stepper.show(one)
+
+    def _terms(self, one: Managed, step: int) -> float:
+        """Return the loss terms of this step for one parameter."""
+        if one.method.push is None or one.method.curvature is not None:
+            return 1.0
+        given = one.method.loss_terms if self.loss_terms is None else self.loss_terms
+        if given is None:
+            raise RuntimeError(
+                "`loss_terms` is not set: Adam's second moment is the squared mean gradient, and the penalty needs to know over how many "
+                "loss terms a step averages. Use `lotion(q, loss_terms=batch * sequence)` or set `run.loss_terms` before the step."
+            )
+        terms = given(step) if callable(given) else given
+        check_terms(terms)
+        return float(terms)
+
+    def _adopt_writes(self) -> None:
+        """Make values that somebody else wrote into a parameter its new latent weights."""
+        written = [one for one in self._managed if one.latent is not None and not one.untouched]
+        changed = [one for one in written if not self._stepper.shows(one)]
+        for one in written:
+            if one in changed:
+                self._stepper.adopt(one)
+            else:
+                one.note()
+        if changed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{len(changed)} parameters such as {changed[0].name!r} were written to from outside the run (load_state_dict, a weight "
+                "average): the new values become the latent weights. To resume a run, load `optimizer.state_dict()` after them.",
+                stacklevel=6,
+            )
+
+    def _settle(self) -> None:
+        """Repair what an exception left and adopt outside writes; every public call starts here."""
+        if not self._handles:
+            raise RuntimeError("this run has ended (`finalize` or `detach`). Attach a method again to go on.")
+        self._stepper.repair()
+        if self._shown is None:
+            self._adopt_writes()
+
+    @contextmanager
+    def _showing(self, what: str) -> Iterator[None]:
+        self._settle()
+        if self._shown is not None:
+            raise RuntimeError(f"`run.{what}()` inside `run.{self._shown}()`: leave the first block before opening the next.")
+        self._shown = what
+        try:
+            yield
+        finally:
+            self._shown = None
+            for one in self._managed:
+                one.note()
+            torch.clear_autocast_cache()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        torch.clear_autocast_cache()
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Mapping[str, Method | None],
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    skip: Sequence[str] = (),
+    start: int = 0,
+    seed: int = 0,
+    refit: int = 100,
+    compile: bool | None = None,
+) -> Run:
+    """Put a training method on a model's weights; the loop around it does not change.
+
+    Args:
+        model: any module, already on its device and sharded.
+        method: `ste(q)`, `lotion(q, ..)`, ..; or a mapping from names to methods in which the first match wins and None leaves out.
+        optimizer: the optimizer, or all of them, that hold the selected parameters.
+        skip: parameter or module names, or shell patterns, to leave in float.
+        start: optimizer steps before the method begins; until then training is plain.
+        seed: of every random draw; a draw depends on it, the step, the parameter's name and the element's place.
+        refit: steps between two searches of scales whose rule is a search; absmax scales are refitted at each step.
+        compile: True runs the passes through `torch.compile`; None does so only where a compiler is found and the model is large.
+
+    Returns:
+        The `Run`. `optimizer.state_dict()` then carries everything that resumes it: build, attach, load, in this order.
+
+    Raises:
+        TypeError, ValueError: everything that can be wrong, with the parameter's name, before anything is changed.
+    """
+    optimizers = optimizers_of(optimizer)
+    for name, value, least in (("start", start, 0), ("refit", refit, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of steps, {least} or more: got {value!r}.")
+    managed = managed_of(model, method, optimizers, skip)
+    return Run(managed, optimizers, start=start, seed=seed, refit=refit, compiled=compile)

@@ -1,0 +1,103 @@
+"""Checks of `attach`: everything that can be wrong is found before anything is changed."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Adam, Optimizer, RAdam
+
+from stepwell.blocks import block_length
+from stepwell.methods.base import Method
+from stepwell.quantizers import check_weight
+from stepwell.run.managed import Managed, local, located, shard_offset
+from stepwell.selection import Row, select
+
+EXACT = (Adam, RAdam)  # AdamW is an Adam; their first moment takes the push exactly
+
+
+def optimizers_of(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """Return the optimizers as a list, checked."""
+    found = [given] if isinstance(given, Optimizer) else list(given)
+    for optimizer in found:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` must be a torch optimizer or a list of them: got {type(optimizer).__name__}.")
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+        if any(getattr(hook, "__module__", "").startswith("stepwell.") for hook in hooks.values()):
+            raise ValueError(
+                f"`optimizer`: this {type(optimizer).__name__} already has a run. Call its `finalize()` or `detach()` first, "
+                "or give all methods in one mapping: `attach(model, {'*.mlp.*': ..., '*': ...}, optimizer)`."
+            )
+    if not found:
+        raise ValueError("`optimizer` must hold at least one optimizer: got an empty list.")
+    return found
+
+
+def managed_of(
+    model: nn.Module, method: Method | Mapping[str, Method | None], optimizers: Sequence[Optimizer], skip: Sequence[str]
+) -> list[Managed]:
+    """Return a record for every selected parameter.
+
+    Raises:
+        ValueError: nothing selected; a weight that no grid can hold; a trained parameter that no optimizer holds; a method that the
+            optimizer cannot serve.
+        TypeError: something that is no method, or an integer weight.
+    """
+    for given in method.values() if isinstance(method, Mapping) else [method]:
+        if given is not None and not isinstance(given, Method):
+            raise TypeError(
+                f"`method` must be a method such as `ste(int4())`, or a mapping to methods: got {type(given).__name__} {given!r}."
+            )
+    selection = select(model, method, skip=skip)
+    if not selection.chosen:
+        raise ValueError(f"nothing is selected, so there is nothing to quantize:\n{selection}")
+    holders = {id(parameter): optimizer for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    found = [_managed(row, holders.get(id(row.parameter))) for row in selection.chosen]
+    narrow = [one.name for one in found if one.parameter.dtype in (torch.bfloat16, torch.float16) and one.parameter.requires_grad]
+    if narrow:
+        warnings.warn(
+            f"{len(narrow)} parameters such as {narrow[0]!r} are {found[0].parameter.dtype}: optimizer updates below that dtype's resolution "
+            "are lost, as in plain training. Keep float32 parameters and train under autocast to avoid it.",
+            stacklevel=3,
+        )
+    return found
+
+
+def _managed(row: Row[Method], optimizer: Optimizer | None) -> Managed:
+    """Check one parameter."""
+    name, parameter, method = row.name, row.parameter, row.choice
+    assert method is not None
+    if parameter.is_meta:
+        raise ValueError(f"{name!r} is on the meta device and has no values yet. Materialize and load the model before `attach`.")
+    quantizer = located(method.quantizer, row.axis)
+    if local(parameter.detach()).numel():
+        check_weight(local(parameter.detach()), name)
+    try:
+        block_length(tuple(parameter.shape), quantizer.block, quantizer.axis)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    if parameter.requires_grad and optimizer is None:
+        raise ValueError(
+            f"{name!r} is selected and trained, but no given optimizer holds it. "
+            f"Give every optimizer in a list, or leave it out with `skip=[{name!r}]`."
+        )
+    if optimizer is not None and (method.push or method.prox) and method.curved and method.curvature is None:
+        _check_moments(name, method, optimizer, parameter)
+    return Managed(name, parameter, method, quantizer, optimizer, offset=shard_offset(parameter, quantizer, name))
+
+
+def _check_moments(name: str, method: Method, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Refuse a method that needs a second moment where there is none."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, EXACT):
+        raise ValueError(
+            f"{name!r}: {method.name} takes its curvature from Adam's second moment, which {kind} does not keep. "
+            "Use Adam, AdamW or RAdam, or give `curvature=`, a function from parameter name to a tensor."
+        )
+    group: Any = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
+    if method.push is not None and float(group["betas"][0]) == 0.0:
+        raise ValueError(
+            f"{name!r}: {method.name} feeds its penalty through the first moment, which {kind} with betas={tuple(group['betas'])} does not "
+            "keep. Use beta1 > 0, or give `curvature=`."
+        )

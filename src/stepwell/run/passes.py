@@ -1,0 +1,107 @@
+"""Passes: what a Run does to one parameter around an optimizer step, over `(blocks, block)` rows.
+
+Two paths give the same numbers. Eager works through the rows in pieces that stay in the processor's cache, because a chain of whole-tensor
+temporaries would move each of them through memory: at ten million parameters that costs 90 optimizer steps. Compiled hands the same
+functions to `torch.compile`, whole.
+"""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwell.methods.base import Context, Method
+from stepwell.run.managed import Managed, wide
+
+PIECE = 1 << 15  # elements per piece: a dozen float32 temporaries of it fit into a second-level cache
+PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
+
+Pass = Callable[..., None]
+
+
+def deploy(method: Method, context: Context, parameter: Tensor, latent: Tensor) -> None:
+    """Take over the optimizer's result as the latent weight and write what the forward pass shall see."""
+    assert method.deploy is not None
+    latent.copy_(parameter)
+    parameter.copy_(method.deploy(wide(latent), context))
+
+
+def show(method: Method, context: Context, parameter: Tensor, latent: Tensor) -> None:
+    """Write what the forward pass shall see, from the latent weight."""
+    assert method.deploy is not None
+    parameter.copy_(method.deploy(wide(latent), context))
+
+
+def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor, deployed: Tensor) -> None:
+    """Replace the gradient by the method's."""
+    assert method.gradient is not None
+    gradient.copy_(method.gradient(wide(gradient), wide(weight), wide(deployed), context))
+
+
+def push(method: Method, context: Context, weight: Tensor, moment: Tensor, second: Tensor, scalars: Tensor) -> None:
+    """Add the penalty's gradient to the first moment so that this step sees it as part of the gradient and the second moment does not.
+
+    `scalars`: bias correction of the second moment, and (1 - beta1) / beta1.
+    """
+    assert method.push is not None
+    moment.add_(method.push(wide(weight), wide(second) * scalars[0], context).mul_(scalars[1]))
+
+
+def descend(method: Method, context: Context, weight: Tensor, curvature: Tensor) -> None:
+    """Step down the penalty after the optimizer: for optimizers whose moments we do not know."""
+    assert method.push is not None
+    weight.sub_(method.push(wide(weight), wide(curvature), context).mul_(context.lr))
+
+
+def prox(method: Method, context: Context, weight: Tensor, curvature: Tensor) -> None:
+    """Apply the method's proximal map after the optimizer."""
+    assert method.prox is not None
+    weight.copy_(method.prox(wide(weight), wide(curvature), context))
+
+
+def piecewise(work: Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+    """Run a pass over cache-sized groups of rows."""
+    blocks = [managed.blocks(tensor) for tensor in tensors]
+    rows, length = blocks[0].shape
+    group = max(1, PIECE // length)
+    for start in range(0, rows, group):
+        stop = min(start + group, rows)
+        part = context if stop - start == rows else _rows(context, start, stop, length)
+        work(managed.method, part, *(block[start:stop] for block in blocks), *scalars)
+    for tensor, block in zip(tensors, blocks, strict=True):
+        managed.put_back(tensor, block)
+
+
+def whole(compiled: dict[Any, Pass]) -> Callable[..., None]:
+    """Return the runner that compiles each pass once per method; `compiled` keeps them."""
+
+    def run(work: Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+        key = (work, managed.method)
+        if key not in compiled:
+            compiled[key] = torch.compile(work, dynamic=True)
+        blocks = [managed.blocks(tensor) for tensor in tensors]
+        compiled[key](managed.method, context, *blocks, *scalars)
+        for tensor, block in zip(tensors, blocks, strict=True):
+            managed.put_back(tensor, block)
+
+    return run
+
+
+def compile_pays(elements: int, device: torch.device) -> bool:
+    """Say whether the automatic path compiles: only where a compiler is found and the model is large enough."""
+    if elements < PAYS:
+        return False
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return True
+
+
+def _rows(context: Context, start: int, stop: int, length: int) -> Context:
+    """Return the context of some of the rows."""
+    return context._replace(
+        fit=None if context.fit is None else context.fit.rows(start, stop),
+        tensors={key: tensor[start:stop] for key, tensor in context.tensors.items()},
+        offset=context.offset + start * length,
+    )
