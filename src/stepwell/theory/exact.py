@@ -1,0 +1,188 @@
+"""The exact limit of infinite dimension: one Fokker-Planck equation per teacher value, coupled by the error.
+
+dw = eta (a w* - rho psi(w) - lam w) dt + eta sqrt(rho E(t)) dB,   E(t) = 2 eps_g(t) + sigma^2,
+independently for each weight given its teacher, with E from the law itself. The law does not stay Gaussian as soon as weights are
+quantized: that is what `closure` neglects. Solved on two nested grids with twice the cells, steps and teacher nodes, and extrapolated;
+their distance decides whether the grid is fine enough.
+Source: the limit of arXiv:2510.10693 without its Gaussian assumption; clipped STE has absorbing ends, LOTION another drift.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepwell.theory.cells import cells
+from stepwell.theory.closure import RUNAWAY, runs_away
+from stepwell.theory.fokker_planck import HALF_STEPS, evolve
+from stepwell.theory.landscape import Nodes, build, start, teacher_nodes
+from stepwell.theory.linear import linear_error, linear_state, ptq, unquantized
+from stepwell.theory.mesh import cut, halved, mesh, scales
+from stepwell.theory.problem import Problem, check_times
+from stepwell.theory.staircase import Array, Staircase
+from stepwell.theory.trajectory import Density, Status, Trajectory
+
+TEACHER_NODES = 45  # of the coarse grid
+TOLERANCE = 6e-3  # largest distance of two grids; the extrapolated curve is more than ten times closer
+WORK = 4e8  # cells times steps that a solve may take
+DENSITY_VALUES = 5e7
+EXPLODED = 1e3
+
+
+class Solution(NamedTuple):
+    """One solve on one grid."""
+
+    errors: Array
+    """`(errors, times)`: rounded, and for LOTION latent and randomized"""
+    energy: Array
+    """E after every step, `(steps + 1,)`"""
+    edges: Array
+    nodes: Nodes
+    masses: Array
+    """`(times, nodes, cells + 2)`"""
+
+
+def exact(problem: Problem, times: ArrayLike, *, density: bool = False) -> Trajectory:
+    """Return the learning curve in the limit of infinite dimension.
+
+    Args:
+        problem: constants, any method.
+        times: strictly increasing, >= 0, `(times,)`; t = step / dimension.
+        density: also return the law of the weights given the teacher at each time, on the finest grid.
+
+    Returns:
+        The curve; for LOTION also `.error_latent` and `.error_randomized`. Status "runaway" where weights leave the grid for good,
+        "diverged" where LOTION's latent weights grow without bound, "stiff" where the finest affordable grid was not enough.
+
+    Raises:
+        ValueError: bad times; clipped STE with weight decay, whose sticky ends have no closed equation; a density too large.
+
+    >>> p = Problem(weights=Staircase(bits=1, range=1.5), lr=0.2)
+    >>> float(exact(p, [400.0]).error[0].round(4))   # one bit: (R - R + omega^2 - 1) / 2
+    0.625
+    """
+    t = check_times(times)
+    if problem.weights is None:
+        return unquantized(problem, t)
+    if problem.method == "ptq":
+        return ptq(problem, t)
+    if problem.method == "clipped_ste" and problem.weight_decay > 0:
+        raise ValueError(
+            f"`weight_decay` must be 0 for the exact limit of clipped STE: got {problem.weight_decay:g}. "
+            "The ends of the clip range become sticky and no closed equation is known. Use `simulate`."
+        )
+    bounded = _bounded(problem, t)
+    solutions, converged = _refine(problem, problem.weights, bounded, density)
+    fine, coarse = solutions
+    errors = np.full((len(fine.errors), len(t)), np.inf)
+    errors[:, : len(bounded)] = np.maximum((4 * fine.errors - coarse.errors) / 3, 0.0)
+    status, message = _verdict(problem, len(bounded) < len(t), converged)
+    law = _density(fine) if density else None
+    if problem.method == "lotion":
+        return Trajectory(t, errors[0], status, message, error_latent=errors[1], error_randomized=errors[2], density=law)
+    return Trajectory(t, errors[0], status, message, density=law)
+
+
+def solve(problem: Problem, weights: Staircase, times: Array, edges: Array, level: int) -> Solution:
+    """Return the solution on one grid: `edges` halved and steps cut `level` times, the teacher nodes doubled as often.
+
+    This is `exact` without refinement and extrapolation: second order in cells and steps.
+    """
+    for _ in range(level):
+        edges = halved(edges)
+    nodes = teacher_nodes(problem, TEACHER_NODES * 2 ** min(level, 1))
+    landscape, observables = build(problem, weights, nodes, edges)
+    masses = start(problem, nodes, edges)
+    if problem.method == "clipped_ste":
+        frozen = _frozen(problem, weights, nodes, edges)
+        landscape = landscape._replace(energy_offset=landscape.energy_offset + 2 * frozen)
+        observables = observables._replace(offset=observables.offset + frozen)
+    else:
+        masses[:, 1] += masses[:, 0]
+        masses[:, -2] += masses[:, -1]
+        masses[:, [0, -1]] = 0.0
+    moved, energy = evolve(landscape, masses, cut(times, problem.lr, level))
+    errors = observables.offset + np.einsum("enc,tnc->et", observables.functional, moved)
+    return Solution(errors, energy, edges, nodes, moved)
+
+
+def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -> tuple[tuple[Solution, Solution], bool]:
+    """Return the two finest solutions and whether they are close."""
+    horizon = float(times[-1])
+    edges = mesh(problem, weights, horizon, scales(problem, weights, horizon))
+    nodes = len(teacher_nodes(problem, 2 * TEACHER_NODES).mass)
+    if density:
+        _check_density(2 * len(times) * len(edges) * nodes)
+    coarse = solve(problem, weights, times, edges, 0)
+    fine = solve(problem, weights, times, edges, 1)
+    level = 1
+    while not _close(fine, coarse):
+        level += 1
+        if len(edges) * 2.0**level * len(cut(times, problem.lr, level).length) * nodes > WORK:
+            return (fine, coarse), False
+        if density:
+            _check_density(2**level * len(times) * len(edges) * nodes)
+        coarse, fine = fine, solve(problem, weights, times, edges, level)
+    return (fine, coarse), True
+
+
+def _close(fine: Solution, coarse: Solution) -> bool:
+    """Whether two grids agree, at the outputs and at all common steps after the implicit ones."""
+    distance = float(np.max(np.abs(fine.errors - coarse.errors)))
+    if len(coarse.energy) > HALF_STEPS:
+        theirs = coarse.energy[HALF_STEPS:]
+        ours = fine.energy[2 * HALF_STEPS - 2 :: 2][: len(theirs)]
+        distance = max(distance, float(np.max(np.abs(ours - theirs))) / 2)
+    return distance <= TOLERANCE * max(1.0, float(np.max(coarse.errors[0])))
+
+
+def _frozen(problem: Problem, weights: Staircase, nodes: Nodes, edges: Array) -> float:
+    """Return what weights that start beyond the clip range add to the error, beyond what an atom at the end adds."""
+    c = float(edges[-1])
+    far = (
+        c
+        + 9 * np.sqrt(problem.initial_variance)
+        + abs(problem.initial_overlap / problem.teacher_power) * float(np.max(np.abs(nodes.value)))
+    )
+    total = 0.0
+    for side in (-1, 1):
+        inside = weights.thresholds[(weights.thresholds * side > c) & (weights.thresholds * side < far)]
+        outside = np.unique(np.concatenate([side * np.linspace(c, far, 2 if weights.temperature == 0 else 2000), inside]))
+        masses = start(problem, nodes, outside)[:, 1:-1]
+        masses[:, -1 if side > 0 else 0] += start(problem, nodes, outside)[:, -1 if side > 0 else 0]
+        average = cells(weights, outside)
+        end = float(weights(side * c))
+        value, square = average.psi - end, average.psi_squared - end**2
+        overlap = problem.gain * nodes.value[:, None] * value
+        total += float(np.sum(nodes.mass[:, None] * masses * (problem.power * square / 2 - overlap)))
+    return total
+
+
+def _bounded(problem: Problem, times: Array) -> Array:
+    """Return the times before LOTION's latent weights explode, at least one."""
+    if problem.method != "lotion" or problem.lr * problem.power < 2:
+        return times
+    error = linear_error(problem, linear_state(problem, times))
+    return times[: max(1, int(np.sum(error < EXPLODED)))]
+
+
+def _verdict(problem: Problem, exploded: bool, converged: bool) -> tuple[Status, str]:
+    if problem.method == "lotion" and problem.lr * problem.power >= 2:
+        return "diverged", "The learning rate is beyond the linear threshold, which LOTION shares: the latent weights grow without bound."
+    if not converged or exploded:
+        return "stiff", f"Two grids still differ by more than {TOLERANCE:g}: layers at the thresholds are thinner than the finest grid."
+    if problem.method == "ste" and problem.teacher == "one" and runs_away(problem):
+        return "runaway", RUNAWAY
+    return "ok", ""
+
+
+def _check_density(values: int) -> None:
+    if values > DENSITY_VALUES:
+        raise ValueError(f"`density` would need {values:.3g} numbers, at most {DENSITY_VALUES:.3g}: ask for fewer `times`.")
+
+
+def _density(solution: Solution) -> Density:
+    width = np.diff(solution.edges)
+    p = solution.masses[:, :, 1:-1] / width
+    edges = np.tile(solution.edges, (len(solution.nodes.mass), 1))
+    return Density(edges, p, solution.nodes.value, solution.nodes.mass, solution.masses[:, :, [0, -1]])
