@@ -3,7 +3,8 @@
 y = w*.x / sqrt(d) + sigma xi          yhat = psi(w).phi(x) / sqrt(d)          e = y - yhat
 w_i <- w_i + (eta / sqrt d) mean_b(e_b phi(x_bi)) - (eta lam / d) w_i
 clipped STE: the gradient term only where |w_i| <= c
-LOTION: w instead of psi(w) in yhat, and - (eta lambda rho / 2d) Delta (1 - 2 f_i), f_i = position of w_i inside its lattice cell
+LOTION: w instead of psi(w) in yhat, and - (eta lambda rho / 2d) (lower_i + upper_i - 2 w_i), the neighbours of w_i on the lattice;
+        lower + upper - 2 w = Delta (1 - 2 f) with f the position inside a cell of length Delta
 PTQ: w instead of psi(w) in yhat
 """
 
@@ -26,8 +27,7 @@ class Model:
     lam: float = 0.0
     c: float = np.inf
     strength: float = 1.0
-    Delta: float = 1.0
-    offset: float = 0.0  # any level
+    lattice: Array | None = None
     a: float = 1.0
     rho: float = 1.0
 
@@ -50,8 +50,8 @@ def sgd(model: Model, w: Array, w_star: Array, x: Array, xi: Array) -> list[Arra
         decay = eta * model.lam / d * w
         penalty = np.zeros(d)
         if model.method == "lotion":
-            f = np.mod((w - model.offset) / model.Delta, 1)
-            penalty = eta * model.strength * model.rho / (2 * d) * model.Delta * (1 - 2 * f)
+            lower, upper = neighbours(model.lattice, w)
+            penalty = eta * model.strength * model.rho / (2 * d) * (lower + upper - 2 * w)
         w = w + eta / np.sqrt(d) * gradient - decay - penalty
         path.append(w)
     return path
@@ -61,6 +61,17 @@ def generalization_error(model: Model, weight: Array, w_star: Array) -> float:
     """Return eps_g of a weight vector, from its overlaps."""
     d = len(weight)
     return (w_star @ w_star / d - 2 * model.a * weight @ w_star / d + model.rho * weight @ weight / d) / 2
+
+
+def lattice(levels: Array) -> Array:
+    """Return the levels with a hundred more on either side, continued with the outermost steps."""
+    more = np.arange(1, 101)
+    return np.concatenate([(levels[0] - more * (levels[1] - levels[0]))[::-1], levels, levels[-1] + more * (levels[-1] - levels[-2])])
+
+
+def neighbours(points: Array, w: Array) -> tuple[Array, Array]:
+    """Return the nearest lattice point at or below, and above, every weight."""
+    return np.max(np.where(points <= w[:, None], points, -np.inf), axis=1), np.min(np.where(points > w[:, None], points, np.inf), axis=1)
 
 
 def staircase(levels: Array, temperature: float = 0.0) -> Callable[[Array], Array]:

@@ -6,7 +6,7 @@ from math import sqrt
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
-from tests.reference.simulate import Model, coefficients, generalization_error, sgd, staircase
+from tests.reference.simulate import Model, coefficients, generalization_error, lattice, neighbours, sgd, staircase
 
 from stepwell.theory.problem import Problem
 from stepwell.theory.simulate import simulate, simulate_weights
@@ -31,6 +31,7 @@ CASES = {
     "sticky": Problem(BOTH, None, "clipped_ste", lr=0.4, label_noise=0.3, weight_decay=1.0),
     "lotion": Problem(Staircase(3, 2.0), BOTH, "lotion", lr=0.3, strength=0.8, label_noise=0.1),
     "lotion decay": Problem(Staircase(3, 2.0, "tread"), None, "lotion", lr=0.3, strength=3.0, weight_decay=0.5),
+    "lotion uneven": Problem(UNEVEN, BOTH, "lotion", lr=0.3, label_noise=0.5),
     "ptq": Problem(BOTH, None, "ptq", lr=0.3, label_noise=0.2, teacher="gauss"),
     "uneven": Problem(UNEVEN, UNEVEN_INPUTS, lr=0.2, label_noise=0.1),
     "smeared": Problem(Staircase(2, 2.0, temperature=0.3), BOTH, lr=0.3, label_noise=0.1),
@@ -45,14 +46,13 @@ def model_of(p: Problem) -> Model:
     return Model(
         psi, phi, p.method, p.lr, p.label_noise, p.weight_decay,
         c=np.inf if p.weights is None else p.weights.range if p.clip is None else p.clip, strength=p.strength,
-        Delta=1.0 if p.weights is None else p.weights.levels[1] - p.weights.levels[0],
-        offset=0.0 if p.weights is None else p.weights.levels[0],
+        lattice=lattice(np.array([0.0, 1.0]) if p.weights is None else p.weights.levels),
         a=a, rho=rho,
     )  # fmt: skip
 
 
 def distances(p: Problem, batch: int, *, seed: int) -> np.ndarray:
-    """Return the largest deviation from the reference on the same noise: of a weight, of the error, of the latent error."""
+    """Return the largest deviation from the reference on the same noise: of a weight, and of the three errors."""
     d, steps = 80, 150
     run = runs.new_run(runs.Runs(p, d, 1, seed, "iid", batch), 0, runs.Event())
     stream, noise = run.state.stream.copy(), np.empty((steps, batch, len(run.state.normal)))
@@ -65,8 +65,11 @@ def distances(p: Problem, batch: int, *, seed: int) -> np.ndarray:
     assert np.max(np.abs(path[-1] - path[0])) > 0.1  # something happens
     rows, stops = [], np.array([0, 1, 7, 60, steps])
     for stop, _ in zip(stops, runs.walk(run, stops), strict=True):
-        expected = [generalization_error(model, w, target) for w in (model.psi(path[stop]), path[stop])]
-        rows.append([np.max(np.abs(run.state.weight - path[stop])), *np.abs(runs.errors(run)[:2] - expected)])
+        w = path[stop]
+        lower, upper = neighbours(model.lattice, w)
+        expected = [generalization_error(model, v, target) for v in (model.psi(w), w, w)]
+        expected[2] += model.rho / 2 * np.mean((w - lower) * (upper - w)) if p.method == "lotion" else 0.0
+        rows.append([np.max(np.abs(run.state.weight - w)), *np.abs(runs.errors(run) - expected)])
     return np.max(rows, axis=0)
 
 
@@ -202,11 +205,6 @@ def test_bad_values_are_refused_with_their_range(arguments, words):
     with pytest.raises(ValueError, match="`") as refusal:
         simulate(CASES["ste"], **{"times": [0, 1], **arguments})
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
-
-
-def test_uneven_lattice_is_refused_for_lotion():
-    with pytest.raises(ValueError, match="equal steps"):
-        simulate(Problem(UNEVEN, method="lotion"), [0, 1])
 
 
 def test_many_snapshots_count_as_memory():

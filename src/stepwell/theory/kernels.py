@@ -50,7 +50,7 @@ class Rule(NamedTuple):
     rate: float  # eta / (B sqrt(d))
     decay: float  # eta lam / d
     clip: float  # GATED: the gradient passes where |w| <= clip
-    pull: float  # SMOOTHED: eta lambda rho Delta / (2 d)
+    pull: float  # SMOOTHED: eta lambda rho / (2 d)
     batch: int  # B
 
 
@@ -175,11 +175,25 @@ def _update(weight: NDArray[np.floating], gradient: NDArray[np.float32], weights
         for i in range(weight.size):
             push = rate * gradient[i] if abs(weight[i]) <= clip else real(0)
             weight[i] += push - decay * weight[i]
-    elif rule.method == SMOOTHED:
+    elif rule.method == SMOOTHED and weights.kind == UNIFORM:
+        pull *= real(weights.step)
         for i in range(weight.size):
             position = (np.float32(weight[i]) - weights.first) * weights.inverse_step
             fraction = position - np.floor(position)
             weight[i] += rate * gradient[i] - decay * weight[i] - pull * (_ONE - _TWO * fraction)
+    elif rule.method == SMOOTHED:
+        for i in range(weight.size):
+            weight[i] += rate * gradient[i] - decay * weight[i] - pull * _slope(weights, float(weight[i]))
     else:
         for i in range(weight.size):
             weight[i] += rate * gradient[i] - decay * weight[i]
+
+
+@njit(cache=True, nogil=True)
+def _slope(weights: Grid, weight: float) -> float:
+    """Return lower + upper - 2 w on the levels, continued beyond their ends with the outermost steps."""
+    k = int(np.searchsorted(weights.levels, weight))
+    k = min(max(k, 1), weights.levels.size - 1)
+    step = weights.levels[k] - weights.levels[k - 1]
+    position = (weight - weights.levels[k - 1]) / step
+    return float(step * (1 - 2 * (position - math.floor(position))))

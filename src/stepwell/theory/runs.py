@@ -94,12 +94,17 @@ def errors(run: Run) -> Array:
         return float(np.mean(teacher * teacher - 2 * p.gain * w * teacher + p.power * w * w)) / 2
 
     latent = error(weight)
-    randomized = latent
-    if p.method == "lotion":
-        position = (weight - run.weights.first) / run.weights.step
-        fraction = position - np.floor(position)
-        randomized += p.power / 2 * float(run.weights.step) ** 2 * float(np.mean(fraction * (1 - fraction)))
-    return np.array([error(rounded.astype(np.float64)), latent, randomized])
+    spread = rounding_variance(p.weights.levels, weight) if p.weights and p.method == "lotion" else np.zeros(1)
+    return np.array([error(rounded.astype(np.float64)), latent, latent + p.power / 2 * float(np.mean(spread))])
+
+
+def rounding_variance(levels: Array, weight: Array) -> Array:
+    """Return (w - lower)(upper - w), elementwise, on the levels, continued beyond their ends with the outermost steps."""
+    k = np.clip(np.searchsorted(levels, weight), 1, len(levels) - 1)
+    step = levels[k] - levels[k - 1]
+    position = (weight - levels[k - 1]) / step
+    fraction = position - np.floor(position)
+    return np.asarray(step**2 * fraction * (1 - fraction))
 
 
 def new_run(runs: Runs, number: int, stop: Event) -> Run:
@@ -115,7 +120,7 @@ def new_run(runs: Runs, number: int, stop: Event) -> Run:
         rate=p.lr / (runs.batch * sqrt(d)),
         decay=p.lr * p.weight_decay / d,
         clip=float(p.clip_range),
-        pull=p.lr * p.strength * p.power * float(weights.step) / (2 * d),
+        pull=p.lr * p.strength * p.power / (2 * d),
         batch=runs.batch,
     )
     # One step of decay can be smaller than the resolution of float32.

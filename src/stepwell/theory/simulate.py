@@ -45,7 +45,7 @@ def simulate(
     """Train at finite dimension and return the mean learning curve over seeds.
 
     Args:
-        problem: any method, teacher and staircase (for LOTION one with equal steps).
+        problem: any method, teacher and staircase.
         times: output times >= 0, strictly increasing, `(times,)`; each is rounded to a whole step, step = time * dim.
         dim: number of weights d >= 2.
         seeds: number of independent runs.
@@ -119,8 +119,6 @@ def _check(problem: Problem, t: Array, *, dim: int, seeds: int, seed: int, start
             raise ValueError(f"`{name}` must be an integer from {least} to {most}: got {value!r}.")
     if start not in ("quantile", "iid"):
         raise ValueError(f"`start` must be 'quantile' or 'iid': got {start!r}.")
-    if problem.method == "lotion" and problem.weights is not None and problem.weights.spacing is None:
-        raise ValueError(f"`weights` must have equal steps to simulate method 'lotion': got {problem.weights}.")
     if t[-1] * dim > MAX_STEPS:
         raise ValueError(f"`times` x `dim` must be at most {MAX_STEPS:.0e} steps: got {t[-1]:g} x {dim}.")
     needed = dim * seeds * (BYTES_PER_WEIGHT + 8 * copies)
