@@ -11,6 +11,18 @@ from torch import Tensor
 Block = int | Literal["channel"] | None
 
 
+def check_block(block: Block, axis: int | None) -> None:
+    """Refuse block lengths and axes that no weight could have.
+
+    Raises:
+        ValueError: a block that is not a positive integer, "channel" or None; an axis that is not an integer or None.
+    """
+    if not (block is None or block == "channel" or (isinstance(block, int) and not isinstance(block, bool) and block > 0)):
+        raise ValueError(f"`block` must be a positive integer, 'channel' or None (one scale per tensor): got {block!r}.")
+    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+        raise ValueError(f"`axis` must be an integer dimension or None: got {axis!r}.")
+
+
 def contraction(shape: tuple[int, ...], axis: int | None) -> int:
     """Return the length of the contraction dimension of a weight of this shape."""
     if axis is not None:

@@ -59,23 +59,40 @@ def from_codes(codes: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: a code that stands for no number of the format.
     """
-    allowed = dict(zip(format.codes, format.values, strict=True))
-    if not format.uniform and format.low < 0:
-        allowed[2 ** (format.bits - 1)] = -0.0
+    check_codes(codes, format)
+    allowed = _allowed(format)
     low, high = min(allowed), max(allowed)
     table = torch.full((high - low + 1,), torch.nan, dtype=dtype)
     for code, value in allowed.items():
         table[code - low] = value
-    index = codes.to(torch.int64) - low
-    if bool(((index < 0) | (index > high - low)).any()):
-        outside = codes[(index < 0) | (index > high - low)][0].item()
+    return table.to(codes.device)[codes.to(torch.int64) - low]
+
+
+def check_codes(codes: Tensor, format: Format) -> None:
+    """Refuse codes that the format does not have.
+
+    Raises:
+        ValueError: a code out of the format's range, or one that stands for no number.
+    """
+    allowed = _allowed(format)
+    low, high = min(allowed), max(allowed)
+    lowest, highest = int(codes.min()), int(codes.max())
+    if lowest < low or highest > high:
+        outside = lowest if lowest < low else highest
         raise ValueError(f"`codes` of {format} must lie in {low}..{high}: got {outside}. The file may be damaged or of another format.")
-    values = table.to(codes.device)[index]
-    if bool(values.isnan().any()):
-        raise ValueError(
-            f"`codes` holds {codes[values.isnan()][0].item()}, which stands for no number of {format}. The file may be damaged."
-        )
-    return values
+    holes = [code for code in range(low, high + 1) if code not in allowed]
+    if holes:
+        found = codes[torch.isin(codes, torch.tensor(holes, dtype=codes.dtype, device=codes.device))]
+        if found.numel():
+            raise ValueError(f"`codes` holds {found[0].item()}, which stands for no number of {format}. The file may be damaged.")
+
+
+def _allowed(format: Format) -> dict[int, float]:
+    """Return the value of every code; a float grid's negative zero is a second code for zero."""
+    allowed = dict(zip(format.codes, format.values, strict=True))
+    if not format.uniform and format.low < 0:
+        allowed[2 ** (format.bits - 1)] = -0.0
+    return allowed
 
 
 class _Table(NamedTuple):

@@ -4,10 +4,8 @@ from typing import Literal
 
 from stepwell.blocks import Block
 from stepwell.formats import FP4_E2M1, FP8_E4M3, FP8_E5M2, TERNARY, Format, Levels, integer
-from stepwell.quantizers import Compute, Quantizer, Rule
-from stepwell.scales import ScaleDtype
-
-SCALE_DTYPES = ("fp32", "fp16", "bf16", "e8m0", "e4m3")
+from stepwell.quantizers import Compute, Quantizer
+from stepwell.scales import Rule, ScaleDtype, ScaleRounding
 
 
 def intn(
@@ -98,20 +96,8 @@ def nvfp4(*, compute: Compute = None) -> Quantizer:
 
 
 def _build(format: Format, block: Block, scale: Rule, scale_dtype: ScaleDtype, axis: int | None, compute: Compute) -> Quantizer:
-    """Check the options that the presets share and return the quantizer."""
-    if not (block is None or block == "channel" or (isinstance(block, int) and not isinstance(block, bool) and block > 0)):
-        raise ValueError(f"`block` must be a positive integer, 'channel' or None (one scale per tensor): got {block!r}.")
-    if isinstance(scale, int | float) and not isinstance(scale, bool):
-        scale = float(scale)
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"`scale` as a number must be positive and finite: got {scale}.")
-    elif scale not in ("absmax", "mse"):
-        raise ValueError(f"`scale` must be 'absmax', 'mse' or a positive number: got {scale!r}.")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}: got {scale_dtype!r}.")
-    if compute not in (None, "fp16", "bf16"):
-        raise ValueError(f"`compute` must be None, 'fp16' or 'bf16': got {compute!r}.")
-    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
-        raise ValueError(f"`axis` must be an integer dimension or None: got {axis!r}.")
-    rounding: Literal["up", "nearest"] = "up" if scale_dtype in ("e8m0", "e4m3") else "nearest"
+    """Return the quantizer; narrow scales are rounded up, so that nothing saturates, except after a search, which saturates by design."""
+    rounding: ScaleRounding = "nearest"
+    if scale_dtype == "e8m0" or (scale_dtype == "e4m3" and scale != "mse"):
+        rounding = "up"
     return Quantizer(format, block, scale, scale_dtype, rounding, axis=axis, compute=compute)

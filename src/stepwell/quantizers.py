@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from stepwell import grids, scales
-from stepwell.blocks import Block, block_length, from_blocks, scale_shape, to_blocks
+from stepwell.blocks import Block, block_length, check_block, from_blocks, scale_shape, to_blocks
 from stepwell.formats import Format
 from stepwell.rounding import Bracket, Rounding
-from stepwell.scales import Fit, ScaleDtype, ScaleRounding
+from stepwell.scales import Fit, Rule, ScaleDtype, ScaleRounding, Zero
 
-Rule = Literal["absmax", "mse"] | float
 Compute = Literal["fp16", "bf16"] | None
 
 
@@ -40,16 +39,25 @@ class Quantizer:
     rule: Rule = "absmax"
     scale_dtype: ScaleDtype = "fp32"
     scale_rounding: ScaleRounding = "nearest"
-    zero: Literal["integer", "minimum"] = "integer"
+    zero: Zero = "integer"
     axis: int | None = None
     compute: Compute = None
+
+    def __post_init__(self) -> None:
+        check_block(self.block, self.axis)
+        scales.check_rule(self.format, self.rule, self.scale_dtype, self.scale_rounding, self.zero)
+        if not isinstance(self.rule, str):
+            object.__setattr__(self, "rule", float(self.rule))
+        if self.compute not in (None, "fp16", "bf16"):
+            raise ValueError(f"`compute` must be None, 'fp16' or 'bf16': got {self.compute!r}.")
 
     def __call__(self, weight: Tensor, *, scale: Tensor | None = None, rounding: Rounding | None = None) -> Tensor:
         """Return the weight on the grid.
 
         Args:
             weight: `(*shape)`, any float dtype; rounded in float32, or float64 if it is float64.
-            scale: `(rows, blocks per row)` scales to use instead of fitting them; each is rounded to the scale dtype.
+            scale: `(rows, blocks per row)` scales to use instead of fitting them; each is rounded to the scale dtype. What `scale()`
+                returns comes back as it was.
             rounding: None is round to nearest, ties to the even code; or `stochastic(generator)`.
 
         Returns:
@@ -57,15 +65,15 @@ class Quantizer:
 
         Raises:
             TypeError: an integer weight.
-            ValueError: an empty or non-finite weight, a block that does not divide, scales of another size.
+            ValueError: an empty or non-finite weight, a block that does not divide, scales of another shape, infinite or of a wrong sign.
         """
-        blocks, fit, _ = self._prepare(weight, scale)
+        blocks, fit, _ = self.prepare(weight, scale)
         rounded = self.snap(blocks, fit) if rounding is None else self.deliver(self._round(blocks, fit, rounding), fit)
         return from_blocks(rounded, tuple(weight.shape), self.block, self.axis).to(weight.dtype)
 
     def scale(self, weight: Tensor) -> Tensor:
         """Return the fitted scales, `(rows, blocks per row)`, in weight units, with every factor of the scale's storage in them."""
-        _, fit, _ = self._prepare(weight, None)
+        _, fit, _ = self.prepare(weight, None)
         return fit.scale.reshape(scale_shape(tuple(weight.shape), self.block, self.axis))
 
     def bracket(self, weight: Tensor, *, scale: Tensor | None = None) -> Bracket:
@@ -74,15 +82,18 @@ class Quantizer:
         Where the scale rule saturates, a weight outside the grid is clamped to the outermost value: randomized rounding is then biased by
         that distance.
         """
-        blocks, fit, _ = self._prepare(weight, scale)
+        blocks, fit, _ = self.prepare(weight, scale)
         found, shape = self.enclose(blocks, fit), tuple(weight.shape)
         assert found.upper_even is not None
         lower, x, upper = (from_blocks(part, shape, self.block, self.axis).to(weight.dtype) for part in found[:3])
         return Bracket(lower, x, upper, from_blocks(found.upper_even, shape, self.block, self.axis))
 
     def encode(self, weight: Tensor, *, scale: Tensor | None = None, rounding: Rounding | None = None) -> "Encoded":
-        """Return the codes and scales that are stored and shipped; `encode(w).decode()` equals `self(w)` bit for bit."""
-        blocks, fit, tensor_scale = self._prepare(weight, scale)
+        """Return the codes and scales that are stored and shipped.
+
+        `encode(w).decode().to(w.dtype)` equals `self(w)` bit for bit; without the cast, for float32 and float64 weights.
+        """
+        blocks, fit, tensor_scale = self.prepare(weight, scale)
         values = grids.round_nearest(fit.to_units(blocks), self.format) if rounding is None else self._round(blocks, fit, rounding)
         shape = tuple(weight.shape)
         grouped = scale_shape(shape, self.block, self.axis)
@@ -99,22 +110,26 @@ class Quantizer:
     # The step path: blocks in, blocks out, nothing checked.
 
     def fit(self, blocks: Tensor, *, tensor_scale: Tensor | None = None) -> Fit:
-        """Return the scale of every block of `(blocks, block)` by this quantizer's rule, as it will be stored."""
-        if isinstance(self.rule, float):
-            wanted = torch.full_like(blocks[:, :1], self.rule)
-            low = torch.aminmax(blocks, dim=1, keepdim=True)[0] if self.format.levels == "affine" else wanted
-            return self._stored(wanted, low, tensor_scale)
+        """Return the scale of every block by this quantizer's rule, as it will be stored.
+
+        Args:
+            blocks: `(blocks, block)`, float32 or float64.
+            tensor_scale: of the whole weight that these blocks are a part of; None takes these for the whole.
+        """
         low, high = scales.extremes(blocks)
-        wanted = scales.absmax(low, high, self.format)
-        if self.zero == "minimum" and self.format.levels == "affine":
-            wanted = (high - low) / self.format.high
-        best = self._stored(wanted, low, tensor_scale)
-        if self.rule == "absmax":
+        wanted = self._wanted(blocks, low, high)
+        if self.scale_dtype == "e4m3" and tensor_scale is None:
+            tensor_scale = scales.tensor_scale(wanted.abs().max(), self.format)
+        best = self._stored(wanted, low, high, tensor_scale)
+        if self.rule != "mse" or self.scale_dtype == "e4m3":
             return best
-        error = (self.snap(blocks, best) - blocks).square_().sum(1, keepdim=True)
+        unit = wanted.masked_fill(
+            wanted == 0, 1
+        )  # errors are compared in units of the scale: squares of raw weights may under- or overflow
+        error = ((self.snap(blocks, best) - blocks) / unit).square_().sum(1, keepdim=True)
         for factor in scales.SHRINK[1:]:
-            trial = self._stored(wanted * factor, low, tensor_scale)
-            trial_error = (self.snap(blocks, trial) - blocks).square_().sum(1, keepdim=True)
+            trial = self._stored(scales.settle(wanted * factor, self.format), low, high, None)
+            trial_error = ((self.snap(blocks, trial) - blocks) / unit).square_().sum(1, keepdim=True)
             better = trial_error < error
             error = torch.where(better, trial_error, error)
             best = Fit(*(None if a is None else torch.where(better, b, a) for a, b in zip(best, trial, strict=True)))  # type: ignore[arg-type]
@@ -124,7 +139,7 @@ class Quantizer:
         """Return the float32 scale of the scales, 0-dim, where the scale dtype needs one (e4m3), else None."""
         if self.scale_dtype != "e4m3":
             return None
-        return scales.tensor_scale(torch.linalg.vector_norm(blocks, ord=torch.inf), self.format)
+        return scales.tensor_scale(self._wanted(blocks, *scales.extremes(blocks)).abs().max(), self.format)
 
     def snap(self, blocks: Tensor, fit: Fit) -> Tensor:
         """Return `(blocks, block)` rounded to nearest, in weight units."""
@@ -157,7 +172,7 @@ class Quantizer:
         axis = "" if self.axis is None else f", axis {self.axis}"
         return f"{self.format} {block}, {rule} {self.scale_dtype} scales{axis}{extra}"
 
-    def _prepare(self, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Fit, Tensor | None]:
+    def prepare(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Fit, Tensor | None]:
         """Check a weight and return its blocks, their fit and the scale of the scales."""
         check_weight(weight)
         block_length(tuple(weight.shape), self.block, self.axis)
@@ -166,23 +181,35 @@ class Quantizer:
         if scale is None:
             tensor_scale = self.tensor_scale(blocks)
             return blocks, self.fit(blocks, tensor_scale=tensor_scale), tensor_scale
-        if scale.numel() != blocks.shape[0]:
-            expected = scale_shape(tuple(weight.shape), self.block, self.axis)
+        wanted = self._given(scale, scale_shape(tuple(weight.shape), self.block, self.axis)).to(blocks)
+        tensor_scale = scales.tensor_scale(wanted.abs().max(), self.format) if self.scale_dtype == "e4m3" else None
+        return blocks, self._stored(wanted, *scales.extremes(blocks), tensor_scale), tensor_scale
+
+    def _given(self, scale: Tensor, expected: tuple[int, int]) -> Tensor:
+        """Return scales that the caller gives as `(blocks, 1)`, or refuse them."""
+        if not isinstance(scale, Tensor):
+            raise TypeError(f"`scale` must be a tensor of shape {expected}: got {scale!r}. Give a fixed number to the preset instead.")
+        if tuple(scale.shape) != expected and not (scale.numel() == expected[0] and expected[1] == 1 and scale.ndim < 2):
             raise ValueError(f"`scale` must hold one value per block: got shape {tuple(scale.shape)}, expected {expected}.")
-        wanted = scale.detach().to(blocks).reshape(-1, 1)
+        wanted = scale.detach().reshape(-1, 1)
         if not bool(wanted.isfinite().all()):
             raise ValueError(f"`scale` must be finite: got {wanted[~wanted.isfinite()][0].item()}.")
-        tensor_scale = None
-        if self.scale_dtype == "e4m3":
-            tensor_scale = scales.tensor_scale(wanted.abs().max() * self.format.edge, self.format)
-        low = scales.extremes(blocks)[0] if self.format.levels == "affine" else wanted
-        return blocks, self._stored(wanted, low, tensor_scale), tensor_scale
+        unsigned = self.scale_dtype == "e8m0" or self.format.levels == "affine"
+        if unsigned and bool((wanted < 0).any()):
+            raise ValueError(f"`scale` must not be negative for {self}: got {wanted.min().item()}.")
+        return wanted
 
-    def _stored(self, wanted: Tensor, low: Tensor, tensor_scale: Tensor | None) -> Fit:
+    def _wanted(self, blocks: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return the scales `(blocks, 1)` by the rule, before they are rounded to the scale dtype."""
+        if isinstance(self.rule, float):
+            return torch.full_like(low, self.rule)
+        if self.rule == "mse" and self.scale_dtype == "e4m3":
+            # The tensor scale must follow from the scales (the largest is e4m3's highest value), so they are searched before it is known.
+            return replace(self, scale_dtype="fp32", scale_rounding="nearest").fit(blocks).scale
+        return scales.absmax(low, high, self.format, rounding=self.scale_rounding, zero=self.zero)
+
+    def _stored(self, wanted: Tensor, low: Tensor, high: Tensor, tensor_scale: Tensor | None) -> Fit:
         """Return unrounded scales `(blocks, 1)` as their dtype holds them, with the zero points that follow."""
-        wanted = scales.settle(wanted, self.format) if self.scale_dtype == "fp32" and not isinstance(self.rule, float) else wanted
-        if self.scale_rounding == "floor":
-            wanted = wanted * (self.format.edge / 2.0 ** (self.format.edge.as_integer_ratio()[0].bit_length() - 1))
         if tensor_scale is None:
             scale = scales.store(wanted, self.scale_dtype, self.scale_rounding)
         else:
@@ -192,11 +219,17 @@ class Quantizer:
             return Fit(scale)
         if self.zero == "minimum":
             return Fit(scale, minimum=scales.store(low, self.scale_dtype, self.scale_rounding))
-        return Fit(scale, zero=scales.zero_point(low, scale, self.format))
+        return Fit(scale, zero=scales.zero_point(low, high, scale, self.format))
 
     def _round(self, blocks: Tensor, fit: Fit, rounding: Rounding) -> Tensor:
         """Return the grid values that a rounding rule picks, in units of the scale."""
-        return rounding(grids.bracket(fit.to_units(blocks), self.format))
+        found = grids.bracket(fit.to_units(blocks), self.format)
+        if self.compute is not None:
+            # the odds are those of the values that the runtime multiplies with, not of the products before they are rounded
+            one, two = self.deliver(found.lower, fit), self.deliver(found.upper, fit)
+            gap = (two - one).masked_fill(one == two, torch.inf)
+            found = found._replace(x=found.lower + ((blocks - one) / gap).clamp_(0, 1) * (found.upper - found.lower))
+        return rounding(found)
 
 
 class Encoded(NamedTuple):
@@ -236,12 +269,14 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
     """Refuse what no grid can hold.
 
     Raises:
-        TypeError: not a floating-point tensor.
+        TypeError: not a float16, bfloat16, float32 or float64 tensor.
         ValueError: empty, or NaN or infinite somewhere.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"`{name}` must be a floating-point tensor: got {kind}. Leave this parameter out with `skip=[...]`.")
+        raise TypeError(
+            f"`{name}` must be a float16, bfloat16, float32 or float64 tensor: got {kind}. Leave this parameter out with `skip=[...]`."
+        )
     if not weight.numel():
         raise ValueError(f"`{name}` must have elements: got shape {tuple(weight.shape)}. Leave this parameter out with `skip=[...]`.")
     finite = weight.detach().isfinite()

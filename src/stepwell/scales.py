@@ -1,23 +1,27 @@
 """Scale rules: from a block of weights to the scale that is stored for it.
 
-A fitted scale is always a value that its scale dtype can hold, and refitting rounded weights gives the same scale again (bit for bit with
-absmax on signed grids), so that quantizing twice changes nothing.
+A fitted scale is always a value that its scale dtype can hold, and storing it again changes nothing: what `scale()` returns can be given
+back. Where the block's largest weight rounds to the edge of the grid, refitting the rounded block returns the scale to the last bit, so
+that quantizing twice changes nothing either.
 
 Sources: OCP MX v1.0 section 6.3 for the floor rule; the round-up rules are ours (LOTION needs a grid that never saturates: randomized
 rounding is unbiased only inside the grid).
 """
 
+import math
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from stepwell import grids
-from stepwell.formats import E8M0, FP8_E4M3, Format
+from stepwell.formats import FP8_E4M3, Format
 
 ScaleDtype = Literal["fp32", "fp16", "bf16", "e8m0", "e4m3"]
 ScaleRounding = Literal["nearest", "up", "floor"]
+Rule = Literal["absmax", "mse"] | float
+Zero = Literal["integer", "minimum"]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Shrink factors tried by the mse rule, largest first so that ties keep the widest grid; 1 is among them, which makes the rule idempotent.
@@ -58,27 +62,28 @@ class Fit(NamedTuple):
 
 def extremes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return each block's lowest and highest weight, `(blocks, 1)` both."""
-    low, high = torch.aminmax(blocks, dim=1, keepdim=True)
-    return low, high
+    return blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)  # four times as fast as torch.aminmax along short rows
 
 
-def absmax(low: Tensor, high: Tensor, format: Format) -> Tensor:
+def absmax(low: Tensor, high: Tensor, format: Format, *, rounding: ScaleRounding = "nearest", zero: Zero = "integer") -> Tensor:
     """Return the unrounded scale `(blocks, 1)` that puts a block's largest weight on the edge of the grid.
 
     "full" grids have one more level below zero: the weight of largest magnitude goes there, and the scale takes the sign for it.
-    "affine" grids spread from the lowest to the highest weight, zero included.
+    "affine" grids spread from the lowest to the highest weight, zero included where it is a code. The floor rule of MX measures a block
+    by the highest power of two on the grid instead of by the edge.
     """
     if format.levels == "affine":
-        return (high.clamp(min=0) - low.clamp(max=0)) / format.high
+        return (high - low if zero == "minimum" else high.clamp(min=0) - low.clamp(max=0)) / format.high
     if format.levels == "full":
         return torch.where(high > -low, high, low) / -format.edge
-    return torch.maximum(high, -low) / format.edge
+    edge = 2.0 ** math.floor(math.log2(format.edge)) if rounding == "floor" else format.edge
+    return torch.maximum(high, -low) / edge
 
 
 def settle(scale: Tensor, format: Format) -> Tensor:
     """Return the scale moved by at most an ulp, so that refitting the rounded block returns it to the last bit.
 
-    `(s * q) / q` in floating point is a fixed point of itself; s alone need not be.
+    Any quotient t = m / edge has (t * edge) / edge = t in binary floating point; an arbitrary scale has it only after one round trip.
     """
     return scale if format.levels in ("full", "affine") else scale * format.edge / format.edge
 
@@ -86,8 +91,8 @@ def settle(scale: Tensor, format: Format) -> Tensor:
 def store(scale: Tensor, dtype: ScaleDtype, rounding: ScaleRounding) -> Tensor:
     """Return scales `(blocks, 1)` rounded to what `dtype` can hold, as values of the scale's own dtype.
 
-    "fp32" leaves them alone: float64 weights keep float64 scales. Scales beyond the largest value saturate. For e4m3 the caller divides
-    by the tensor scale first.
+    "fp32" leaves them alone: float64 weights keep float64 scales. Scales beyond the largest value saturate; e8m0 has no zero, so there a
+    zero becomes the smallest power of two. For e4m3 the caller divides by the tensor scale first.
     """
     if dtype == "fp32":
         return scale
@@ -100,33 +105,43 @@ def store(scale: Tensor, dtype: ScaleDtype, rounding: ScaleRounding) -> Tensor:
 
 
 def tensor_scale(largest: Tensor, format: Format) -> Tensor:
-    """Return the scale of the scales, 0-dim, that puts the tensor's largest weight (0-dim, >= 0) on e4m3's highest value."""
-    top = FP8_E4M3.high * format.edge
-    return largest / top * top / top
+    """Return the scale of the scales, 0-dim, that puts the tensor's largest scale (0-dim, >= 0) on e4m3's highest value.
+
+    It is settled like a scale, through both products (by the highest e4m3 value, then by the edge of the grid), so that it follows to the
+    last bit from the rounded weights and from the stored scales. Two rounds reach the fixed point for every float32; a third is margin.
+    """
+    for _ in range(3):
+        largest = largest / FP8_E4M3.high * FP8_E4M3.high * format.edge / format.edge
+    return largest / FP8_E4M3.high
 
 
-def zero_point(low: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """Return the integer code `(blocks, 1)` that stands for zero in an "affine" grid whose lowest weight is `low`."""
+def zero_point(low: Tensor, high: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """Return the integer code `(blocks, 1)` that stands for zero in an "affine" grid.
+
+    It puts the middle of the grid on the middle of the weights (zero included), which is `-low / scale` wherever the grid spans them
+    exactly, and clips both sides alike where a searched scale is narrower.
+    """
     divisor = scale.masked_fill(scale == 0, torch.inf)
-    return (low.clamp(max=0) / divisor).neg_().round_().clamp_(0, format.high)
+    middle = (low.clamp(max=0) + high.clamp(min=0)) / 2
+    return (format.high / 2 - middle / divisor).round_().clamp_(0, format.high)
 
 
 def _power_of_two(scale: Tensor, rounding: ScaleRounding) -> Tensor:
-    """Round positive scales to a power of two that e8m0 holds, up or down; zero stays."""
-    mantissa, exponent = torch.frexp(scale.abs())
+    """Round positive scales to a power of two that e8m0 holds, up or down; zero becomes the smallest."""
+    mantissa, exponent = torch.frexp(scale)
     if rounding == "up":
         # a relative 2**-20 of slack keeps a product of powers of two from being pushed one octave up by float error
         exponent = exponent - (mantissa <= 0.5 * (1 + 2**-20)).to(exponent.dtype)
     else:
         exponent = exponent - 1
-    power = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
-    return torch.where(scale == 0, torch.zeros_like(scale), power * scale.sign())
+    exponent = exponent.masked_fill(scale <= 0, -127).clamp_(-127, 127)
+    return torch.ldexp(torch.ones_like(scale), exponent)
 
 
 def _up(scale: Tensor, format: Format) -> Tensor:
-    """Round non-negative scales up to the next value of a float format; a relative 2**-20 above a value counts as that value."""
+    """Round scales away from zero to the next value of a float format; a relative 2**-20 beyond a value counts as that value."""
     values = _positive(format, scale.dtype, scale.device)
-    return values[torch.bucketize(scale * (1 - 2**-20), values).clamp_(max=len(values) - 1)]
+    return values[torch.bucketize(scale.abs() * (1 - 2**-20), values).clamp_(max=len(values) - 1)].copysign(scale)
 
 
 @cache
@@ -134,6 +149,27 @@ def _positive(format: Format, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.tensor([value for value in format.values if value >= 0], dtype=dtype, device=device)
 
 
-def scale_format(dtype: ScaleDtype) -> Format | None:
-    """Return the grid that a narrow scale dtype stands for; None for IEEE types."""
-    return {"e8m0": E8M0, "e4m3": FP8_E4M3}.get(dtype)
+def check_rule(format: Format, rule: Rule, dtype: ScaleDtype, rounding: ScaleRounding, zero: Zero) -> None:
+    """Refuse scale options that do not exist or do not go together.
+
+    Raises:
+        ValueError: any of them.
+    """
+    if isinstance(rule, bool) or not (rule in ("absmax", "mse") if isinstance(rule, str) else isinstance(rule, int | float)):
+        raise ValueError(f"`scale` must be 'absmax', 'mse' or a positive number: got {rule!r}.")
+    if not isinstance(rule, str) and not 0 < rule < math.inf:
+        raise ValueError(f"`scale` as a number must be positive and finite: got {rule}.")
+    if dtype not in get_args(ScaleDtype):
+        raise ValueError(f"`scale_dtype` must be one of {', '.join(get_args(ScaleDtype))}: got {dtype!r}.")
+    allowed = {"e8m0": ("up", "floor"), "e4m3": ("up", "nearest")}.get(dtype, ("nearest",))
+    if rounding not in allowed:
+        raise ValueError(f"`scale_rounding` of {dtype} scales must be {' or '.join(map(repr, allowed))}: got {rounding!r}.")
+    if dtype == "e8m0" and format.levels == "full":
+        raise ValueError(f"`scale_dtype` 'e8m0' has no sign, but {format} needs signed scales. Use levels='symmetric' or other scales.")
+    if zero not in get_args(Zero):
+        raise ValueError(f"`zero` must be 'integer' or 'minimum': got {zero!r}.")
+    if zero == "minimum" and (format.levels != "affine" or dtype not in ("fp32", "fp16", "bf16") or rule == "mse"):
+        raise ValueError(
+            f"`zero='minimum'` needs levels='affine', 'absmax' or a number as scale, and fp32, fp16 or bf16 scales: got {format}, {rule}, "
+            f"{dtype}. Use zero='integer'."
+        )

@@ -65,17 +65,22 @@ def select(model: nn.Module, choices: Choice | Mapping[str, Choice | None] = Tru
     Args:
         model: any module.
         choices: one value for every selected parameter, or a mapping from names to values in which the first match wins and None leaves
-            the parameter out. A name is a parameter's, a module's (for all below it), or a shell pattern over them. A key without
-            wildcards also takes parameters that are not selected by default.
+            the parameter out. A name is a parameter's, a module's (for all below it), or a shell pattern over them. The full name of a
+            parameter also takes one that is not selected by default.
         skip: names or patterns to leave out.
 
     Raises:
+        TypeError: `skip` is one string.
         ValueError: a name that matches nothing, or a selected weight that is computed from other parameters (weight_norm, LoRA).
     """
+    if isinstance(skip, str):
+        raise TypeError(f"`skip` must be a sequence of names: got the string {skip!r}. Write skip=[{skip!r}].")
     names = _aliases(model)
     mapping: Mapping[str, Choice | None] = choices if isinstance(choices, Mapping) else {"*": choices}
-    _refuse_unmatched([*skip, *mapping], [alias for aliases, *_ in names.values() for alias in aliases])
-    rows = []
+    computed = dict(_computed(model))
+    _refuse_unmatched([*skip, *mapping], [*(alias for aliases, *_ in names.values() for alias in aliases), *computed])
+    rows: list[Row[Choice]] = []
+    fates: dict[str, Choice | None] = {}
     for aliases, parameter, known, axis, reason in names.values():
         choice, why = None, reason
         key = next((key for key in mapping if any(matches(alias, key) for alias in aliases)), None)
@@ -85,10 +90,14 @@ def select(model: nn.Module, choices: Choice | Mapping[str, Choice | None] = Tru
             why = "no name in the mapping matches" if known else reason
         elif mapping[key] is None:
             why = "left out by the mapping"
-        elif known or not any(wild in key for wild in "*?["):
+        elif known or key in aliases:
             choice, why = mapping[key], reason if known else "named exactly"
         rows.append(Row(aliases[0], parameter, choice, axis, why))
-    _refuse_computed(model, rows, skip)
+        fates.update(dict.fromkeys(aliases, choice))
+    for name, reason in computed.items():
+        wanted = next((mapping[key] for key in mapping if matches(name, key)), None)
+        if fates.get(name, wanted) is not None and not any(matches(name, pattern) for pattern in skip):
+            _refuse_computed(name, reason)
     return Selection(rows)
 
 
@@ -114,11 +123,10 @@ def _aliases(model: nn.Module) -> dict[int, Entry]:
             if id(parameter) not in entries:
                 entries[id(parameter)] = ([name], parameter, known, axis, reason)
                 continue
-            names, _, before, _, why = entries[id(parameter)]
+            names, _, before, along, why = entries[id(parameter)]
             names.append(name)
-            if before != known:
-                axis, reason = None, f"tied: {why} and {reason}"
-                entries[id(parameter)] = (names, parameter, False, axis, reason)
+            if before != known or along != axis:  # one of its uses forbids it, or they sum over different dimensions
+                entries[id(parameter)] = (names, parameter, False, None, f"tied: {why} and {reason}")
     return entries
 
 
@@ -159,30 +167,28 @@ def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (name, reason) of weights that the forward pass computes from other parameters."""
+    """Yield (name, reason) of weights that would be selected if the forward pass did not compute them from other parameters."""
     for path, module in model.named_modules():
-        if not isinstance(module, (*WEIGHTED, nn.MultiheadAttention)) and not hasattr(module, "lora_A"):
-            continue
         prefix = f"{path}." if path else ""
-        if parametrize.is_parametrized(module):
-            for local in getattr(module, "parametrizations", {}):
-                yield f"{prefix}{local}", "torch.nn.utils.parametrize computes it"
-        elif hasattr(module, "weight_g") and hasattr(module, "weight_v"):
-            yield f"{prefix}weight", "weight_norm computes it from weight_g and weight_v"
-        elif hasattr(module, "weight_orig"):
-            yield f"{prefix}weight", "spectral_norm computes it from weight_orig"
-        elif hasattr(module, "lora_A"):
-            inner = "base_layer.weight" if hasattr(module, "base_layer") else "weight"
-            yield f"{prefix}{inner}", "LoRA adds a low-rank product to it"
-
-
-def _refuse_computed(model: nn.Module, rows: Sequence[Row[Choice]], skip: Sequence[str]) -> None:
-    left = {row.name for row in rows if row.choice is None}
-    for name, reason in _computed(model):
-        module = name.rsplit(".", 1)[0]
-        if name in left or any(matches(name, pattern) or matches(module, pattern) for pattern in skip):
+        if hasattr(module, "lora_A"):
+            for local, parameter in module.named_parameters():
+                if parameter.ndim > 1 and not any(part.startswith("lora_") for part in local.split(".")):
+                    yield f"{prefix}{local}", "LoRA adds a low-rank product to it"
+        if not isinstance(module, (*WEIGHTED, nn.MultiheadAttention)) and not type(module).__name__.endswith("Conv1D"):
             continue
-        raise ValueError(
-            f"{name!r} cannot be quantized: {reason}, so the forward pass would not see the grid. "
-            f"Merge or remove the parametrization first, or leave it out with `skip=[{module!r}]`."
-        )
+        for local in ("weight", *PROJECTIONS):
+            if parametrize.is_parametrized(module, local):
+                yield f"{prefix}{local}", "torch.nn.utils.parametrize computes it"
+            elif hasattr(module, f"{local}_g") and hasattr(module, f"{local}_v"):
+                yield f"{prefix}{local}", f"weight_norm computes it from {local}_g and {local}_v"
+            elif hasattr(module, f"{local}_mask"):
+                yield f"{prefix}{local}", f"torch.nn.utils.prune computes it from {local}_orig and {local}_mask"
+            elif hasattr(module, f"{local}_orig"):
+                yield f"{prefix}{local}", f"spectral_norm computes it from {local}_orig"
+
+
+def _refuse_computed(name: str, reason: str) -> None:
+    raise ValueError(
+        f"{name!r} cannot be quantized: {reason}, so the forward pass would not see the grid. "
+        f"Merge or remove the parametrization first, or leave it out with `skip=[{name.rpartition('.')[0] or name!r}]`."
+    )

@@ -5,25 +5,28 @@ full disk or a kill leaves the old file or the new one, never half of either.
 """
 
 import json
+import math
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepwell import formats, packing
+from stepwell import formats, grids, packing
 from stepwell.blocks import scale_shape
 from stepwell.quantizers import Encoded, Quantizer
 
 VERSION = 1
 SINGLE = "weight"
 _STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+_DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
 _BY_NAME = {str(format): format for format in formats.formats()}
 
 
@@ -35,18 +38,30 @@ def save(encoded: Encoded | Mapping[str, Encoded], path: str | Path) -> None:
         path: the file; its folder must exist. An existing file is replaced whole.
 
     Raises:
+        TypeError: something that is not encoded.
         ValueError: nothing to save.
+        FileNotFoundError: no such folder.
     """
+    path = Path(path)
+    single = isinstance(encoded, Encoded)
+    if not single and not isinstance(encoded, Mapping):
+        raise TypeError(f"`encoded` must be an Encoded or a mapping from names to them: got {type(encoded).__name__}.")
     weights = {SINGLE: encoded} if isinstance(encoded, Encoded) else dict(encoded)
     if not weights:
         raise ValueError("`encoded` must hold at least one weight: got an empty mapping. Was anything selected?")
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, Encoded):
+            raise TypeError(
+                f"`encoded` must map names to Encoded: got {type(weight).__name__} for {name!r}. Use `quantizer.encode(weight)`."
+            )
         tensors.update(_tensors(name, weight))
         described[name] = {"shape": list(weight.codes.shape), "dtype": str(weight.scales.dtype), **_describe(weight.quantizer)}
-    header = {"version": VERSION, "single": isinstance(encoded, Encoded), "weights": described}
-    _write(tensors, {"stepwell": json.dumps(header)}, Path(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`path`: no folder at {path.parent}. Make it first.")
+    header = {"version": VERSION, "single": single, "weights": described}
+    _write(tensors, {"stepwell": json.dumps(header)}, path)
 
 
 def load(path: str | Path) -> Any:
@@ -58,30 +73,58 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path)
     header = read_header(path)
-    with _open(path) as file:
-        names = set(file.keys())
-        try:
-            weights = {name: _weight(name, entry, names, file) for name, entry in header["weights"].items()}
-        except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise ValueError(f"`path`: {path} describes its weights in a way that cannot be read ({error!r}). Save it again.") from error
-    return weights[SINGLE] if header.get("single") else weights
+    with _open(path) as file, _damage(path):
+        described = {name: _parse(entry) for name, entry in header["weights"].items()}
+        stored = set(file.keys())
+        expected = {f"{name}.{part}" for name, entry in described.items() for part in _parts(entry.quantizer)}
+        if stored != expected:
+            raise ValueError(f"tensors {sorted(stored ^ expected)[:4]} are described but not there, or there but not described")
+        weights = {name: _weight(name, entry, file) for name, entry in described.items()}
+    return weights[SINGLE] if header["single"] else weights
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Return the description that `save` wrote into a file, without reading its tensors."""
+    """Return the description that `save` wrote into a file, checked, without reading its tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, not written by `save`, or a description that does not hold together.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`path`: no file at {path}. Give the safetensors file that `stepwell.save` wrote.")
-    with _open(path) as file:
+    with _open(path) as file, _damage(path):
         metadata = file.metadata() or {}
-    try:
+    if "stepwell" not in metadata:
+        raise ValueError(f"`path`: {path} is a safetensors file, but `stepwell.save` did not write it.")
+    with _damage(path):
         header = json.loads(metadata["stepwell"])
         version = header["version"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"`path`: {path} is a safetensors file, but `stepwell.save` did not write it.") from error
     if version != VERSION:
         raise ValueError(f"`path`: {path} has layout version {version!r}, this stepwell reads {VERSION}. Use the stepwell that wrote it.")
-    return dict(header)
+    with _damage(path):
+        for entry in header["weights"].values():
+            _parse(entry)
+        if not header["weights"] or (header["single"] and set(header["weights"]) != {SINGLE}):
+            raise ValueError(f"it names the weights {sorted(header['weights'])}")
+        return dict(header)
+
+
+class _Entry(NamedTuple):
+    """The description of one weight."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quantizer: Quantizer
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged description leads to into one error."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError, OverflowError, SafetensorError) as error:
+        raise ValueError(f"`path`: {path} cannot be read: {error or type(error).__name__}. The file is damaged; save it again.") from error
 
 
 def _open(path: Path) -> Any:
@@ -112,36 +155,61 @@ def _tensors(name: str, weight: Encoded) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous().clone() for key, value in stored.items()}
 
 
-def _weight(name: str, entry: dict[str, Any], names: set[str], file: Any) -> Encoded:
+def _parts(quantizer: Quantizer) -> list[str]:
+    """Return the names of the tensors that a weight of this quantizer has."""
+    scaled = ["tensor_scale"] if quantizer.scale_dtype == "e4m3" else []
+    return ["codes", "scales", *scaled, *(["zero_points"] if quantizer.format.levels == "affine" else [])]
+
+
+def _parse(entry: dict[str, Any]) -> _Entry:
+    """Read and check one weight's description."""
+    fields = dict(entry)
+    shape, dtype = fields.pop("shape"), fields.pop("dtype")
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"a shape of {shape!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"scales of dtype {dtype!r}")
+    if fields["format"] not in _BY_NAME:
+        raise ValueError(f"the unknown format {fields['format']!r}")
+    quantizer = Quantizer(**{**fields, "format": _BY_NAME[fields["format"]]})
+    scale_shape(tuple(shape), quantizer.block, quantizer.axis)
+    return _Entry(tuple(shape), _DTYPES[dtype], quantizer)
+
+
+def _weight(name: str, entry: _Entry, file: Any) -> Encoded:
     """Read one weight and check it against its description."""
-    entry = dict(entry)
-    shape, dtype = tuple(int(size) for size in entry.pop("shape")), {"torch.float64": torch.float64}.get(entry.pop("dtype"), torch.float32)
-    if entry["format"] not in _BY_NAME:
-        raise ValueError(f"`path`: weight {name!r} has the unknown format {entry['format']!r}. Known: {', '.join(_BY_NAME)}.")
-    quantizer = Quantizer(**{**entry, "format": _BY_NAME[entry["format"]]})
-    grouped, count = scale_shape(shape, quantizer.block, quantizer.axis), 1
-    for size in shape:
-        count *= size
-    codes = packing.unpack(file.get_tensor(f"{name}.codes"), quantizer.format, count).reshape(shape)
-    parts = {}
-    for part in ("scales", "tensor_scale", "zero_points"):
-        parts[part] = file.get_tensor(f"{name}.{part}").to(dtype) if f"{name}.{part}" in names else None
-    scales = parts["scales"]
-    if scales is None or tuple(scales.shape) != grouped:
-        found = None if scales is None else tuple(scales.shape)
-        raise ValueError(f"`path`: weight {name!r} of shape {shape} needs scales of shape {grouped}: got {found}. The file is damaged.")
-    if not bool(scales.isfinite().all()):
-        raise ValueError(f"`path`: weight {name!r} has scales that are not finite. The file is damaged.")
-    return Encoded(codes, scales, quantizer, parts["tensor_scale"], parts["zero_points"])
+    quantizer, dtype = entry.quantizer, entry.dtype
+    grouped = scale_shape(entry.shape, quantizer.block, quantizer.axis)
+    narrow = _STORED.get(quantizer.scale_dtype, dtype)
+    packed = _read(file, f"{name}.codes", torch.uint8)
+    codes = packing.unpack(packed, quantizer.format, math.prod(entry.shape)).reshape(entry.shape)
+    grids.check_codes(codes, quantizer.format)
+    scales = _read(file, f"{name}.scales", narrow, grouped).to(dtype)
+    tensor_scale = _read(file, f"{name}.tensor_scale", dtype, ()) if quantizer.scale_dtype == "e4m3" else None
+    zeros = None
+    if quantizer.format.levels == "affine":
+        zeros = _read(file, f"{name}.zero_points", narrow if quantizer.zero == "minimum" else torch.uint8, grouped).to(dtype)
+        if quantizer.zero == "integer" and float(zeros.max()) > quantizer.format.high:
+            raise ValueError(f"{name}.zero_points hold {zeros.max().item():g}, beyond the codes of {quantizer.format}")
+    return Encoded(codes, scales, quantizer, tensor_scale, zeros)
+
+
+def _read(file: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Read one tensor that must have this dtype and shape and be finite."""
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.dtype != dtype or (shape is not None and tuple(tensor.shape) != shape):
+        raise ValueError(f"{name} must be {dtype} of shape {shape or 'any'}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if dtype.is_floating_point and not bool(tensor.float().isfinite().all()):
+        raise ValueError(f"{name} holds values that are not finite")
+    return tensor
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     """Write aside, then rename."""
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         save_file(tensors, aside, metadata)
         os.replace(aside, path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
