@@ -22,7 +22,8 @@ class Context(NamedTuple):
         quantizer: the grid for `(blocks, block)` rows, one scale each.
         step: optimizer steps done since the run began.
         lr: 0-dim, learning rate of the parameter's group.
-        loss_terms: 0-dim, loss terms averaged per optimizer step; 1 where the curvature is given by the caller.
+        loss_terms: 0-dim, what turns the curvature that is given into the loss's own: loss terms averaged per optimizer step times the bias
+            correction of Adam's second moment; 1 where the caller gives the curvature.
         fit: scales that the Run holds (searched, learned, or spanning the whole tensor); None means refit from the weight.
         tensors: the method's own tensors for these rows, as `init` made them; they may be updated in place.
         key: of this parameter's random stream at this step.

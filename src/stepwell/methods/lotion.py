@@ -8,6 +8,7 @@ first moment only (fed to both it blows up); the scale is differentiated (the pa
 """
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,24 @@ from stepwell.rounding import nearest, variance
 from stepwell.scales import Fit
 
 
+class Rows(NamedTuple):
+    """What the penalty's gradient needs besides weights and curvature: the grid, its scales, a 0-dim factor, and which terms."""
+
+    quantizer: Quantizer
+    fit: Fit
+    factor: Tensor
+    through_scale: bool
+
+
 def lotion(
     quantizer: Quantizer,
     *,
     strength: float = 1.0,
     loss_terms: float | None = None,
     through_scale: bool = True,
-    forward: str = "latent",
+    forward: Literal["latent", "nearest"] = "latent",
     curvature: Curvature | None = None,
-) -> "Method":
+) -> Method:
     """Return LOTION training on a grid.
 
     Args:
@@ -55,8 +65,10 @@ def lotion(
         check_terms(loss_terms)
 
     def push(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
-        through = through_scale and context.fit is None
-        return penalty_force(weight, curvature, context.quantizer, context.fitted(weight), through).mul_(strength * context.loss_terms)
+        factor = context.loss_terms * strength
+        return penalty_force(
+            weight, curvature, Rows(context.quantizer, context.fitted(weight), factor, through_scale and context.fit is None)
+        )
 
     nearest_forward = forward == "nearest"
     return Method(
@@ -100,7 +112,7 @@ def penalty_gradient(weight: Tensor, curvature: Tensor, quantizer: Quantizer, th
     """
     blocks, fit, _ = quantizer.prepare(weight)
     terms = to_blocks(curvature.to(blocks), quantizer.block, quantizer.axis)
-    force = penalty_force(blocks, terms, quantizer, fit, through_scale)
+    force = penalty_force(blocks, terms, Rows(quantizer, fit, torch.ones((), dtype=blocks.dtype), through_scale))
     return from_blocks(force, tuple(weight.shape), quantizer.block, quantizer.axis).to(weight.dtype)
 
 
@@ -123,26 +135,30 @@ def prox(weight: Tensor, curvature: Tensor, quantizer: Quantizer, strength: floa
     return torch.where(inside, moved.clamp(bracket.lower, bracket.upper), nearest(bracket))
 
 
-def penalty_force(weight: Tensor, curvature: Tensor, quantizer: Quantizer, fit: Fit, through_scale: bool) -> Tensor:
-    """Return the gradient of the penalty for `(blocks, block)` rows; nothing is checked."""
-    units = fit.to_units(weight)
+def penalty_force(weight: Tensor, curvature: Tensor, context: Rows) -> Tensor:
+    """Return the gradient of the penalty for `(blocks, block)` rows, times `context.factor`; nothing is checked.
+
+    Every line here is one pass over the weights in every training step, so scalars ride on the `(blocks, 1)` scales.
+    """
+    quantizer, fit = context.quantizer, context.fit
     format = quantizer.format
+    units = fit.to_units(weight)
     tolerance = 4 * torch.finfo(units.dtype).eps * max(-format.low, format.high)
     if format.uniform:
-        rest = units.clamp_(format.low, format.high) - grids.round_nearest(units, format)
+        rest = units.clamp_(format.low, format.high) - ((units + format.shift).round_() - format.shift if format.shift else units.round())
         slope = (rest / tolerance).clamp_(-1, 1).sub_(rest, alpha=2)
-        spread = rest.abs_().sub_(rest * rest).mul_(2) if through_scale else rest
+        variance = rest.abs_().addcmul_(rest, rest, value=-1)
     else:
-        lower, x, upper, _ = grids.bracket(units, format)
-        free = (torch.minimum(x - lower, upper - x) / tolerance).clamp_(0, 1)
-        slope, spread, units = (lower + upper - 2 * x) * free, 2 * (x - lower) * (upper - x) * free, x
-    pull = curvature * fit.scale
-    force = pull * slope * 0.5
-    if not through_scale or quantizer.rule != "absmax" or quantizer.scale_dtype in ("e8m0", "e4m3"):
-        return force
+        lower, units, upper, _ = grids.bracket(units, format)
+        free = (torch.minimum(units - lower, upper - units) / tolerance).clamp_(0, 1)
+        slope, variance = (lower + upper - 2 * units) * free, (units - lower) * (upper - units) * free
+    pull = curvature * (fit.scale * (context.factor / 2))
+    if not context.through_scale or quantizer.rule != "absmax" or quantizer.scale_dtype in ("e8m0", "e4m3"):
+        return slope.mul_(pull)
     base = units if fit.zero is None else units - fit.zero
-    total = spread.addcmul_(base, slope, value=-1).mul_(pull).sum(1, keepdim=True) * 0.5
-    drift = (pull * slope).sum(1, keepdim=True) * 0.5 if fit.minimum is not None else None
+    total = 2 * variance.addcmul_(base, slope, value=-0.5).mul_(pull).sum(1, keepdim=True)
+    force = slope.mul_(pull)
+    drift = force.sum(1, keepdim=True) if fit.minimum is not None else None
     return _to_extremes(force, weight, quantizer, total, drift)
 
 

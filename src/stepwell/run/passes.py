@@ -15,7 +15,7 @@ from torch import Tensor
 from stepwell.methods.base import Context, Method
 from stepwell.run.managed import Managed, wide
 
-PIECE = 1 << 15  # elements per piece: a dozen float32 temporaries of it fit into a second-level cache
+PIECE = 1 << 16  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
 
 Pass = Callable[..., None]
@@ -40,13 +40,13 @@ def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor,
     gradient.copy_(method.gradient(wide(gradient), wide(weight), wide(deployed), context))
 
 
-def push(method: Method, context: Context, weight: Tensor, moment: Tensor, second: Tensor, scalars: Tensor) -> None:
+def push(method: Method, context: Context, weight: Tensor, moment: Tensor, second: Tensor, factor: Tensor) -> None:
     """Add the penalty's gradient to the first moment so that this step sees it as part of the gradient and the second moment does not.
 
-    `scalars`: bias correction of the second moment, and (1 - beta1) / beta1.
+    `factor`: 0-dim, (1 - beta1) / beta1.
     """
     assert method.push is not None
-    moment.add_(method.push(wide(weight), wide(second) * scalars[0], context).mul_(scalars[1]))
+    moment.addcmul_(method.push(wide(weight), wide(second), context), factor)
 
 
 def descend(method: Method, context: Context, weight: Tensor, curvature: Tensor) -> None:

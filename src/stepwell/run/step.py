@@ -185,7 +185,8 @@ class Stepper:
         if one.method.push is not None and not isinstance(one.optimizer, EXACT):
             self._run(passes.descend, one, context, [one.weight, self._curvature(one)])
         if one.method.prox is not None:
-            self._run(passes.prox, one, context, [one.weight, self._curvature(one)])
+            corrected = context._replace(loss_terms=context.loss_terms * self._correction(one))
+            self._run(passes.prox, one, corrected, [one.weight, self._curvature(one)])
         assert one.optimizer is not None
         if one.fit is not None and self.steps[one.optimizer] % self._refit == 0:
             one.fit = one.grid.fit(one.blocks(one.weight))
@@ -207,28 +208,27 @@ class Stepper:
             return False
         beta = float(one.group["betas"][0])
         factor = (1 - beta) / beta * (-1 if undo else 1)
-        scalars = torch.tensor([self._correction(one), factor], dtype=torch.float64)
-        tensors = [one.weight, local(state["exp_avg"]), self._curvature(one, raw=True)]
-        self._run(passes.push, one, self._context(one, terms), tensors, scalars)
+        context = self._context(one, terms * self._correction(one))
+        tensors = [one.weight, local(state["exp_avg"]), self._curvature(one)]
+        self._run(passes.push, one, context, tensors, torch.tensor(factor, dtype=torch.float64))
         return True
 
     def _correction(self, one: Managed) -> float:
-        """Return the bias correction of Adam's second moment, 1 for curvature that the caller gives."""
-        if one.method.curvature is not None:
+        """Return the bias correction of Adam's second moment, 1 for curvature that the caller gives or nobody reads."""
+        if one.method.curvature is not None or not one.method.curved:
             return 1.0
         assert one.optimizer is not None
         return float(1 / (1 - float(one.group["betas"][1]) ** float(one.optimizer.state[one.parameter]["step"])))
 
-    def _curvature(self, one: Managed, *, raw: bool = False) -> Tensor:
-        """Return the curvature, of the parameter's local shape; `raw` leaves the second moment uncorrected."""
+    def _curvature(self, one: Managed) -> Tensor:
+        """Return the curvature, of the parameter's local shape; Adam's second moment is left uncorrected, to save a pass."""
         given = one.method.curvature
         if given is not None:
             return local(given(one.name) if callable(given) else given[one.name]).to(one.weight)
         assert one.optimizer is not None
         if not one.method.curved:
             return one.weight
-        second = local(one.optimizer.state[one.parameter]["exp_avg_sq"])
-        return second if raw else second * self._correction(one)
+        return local(one.optimizer.state[one.parameter]["exp_avg_sq"])
 
     def _context(self, one: Managed, terms: float, source: Tensor | None = None) -> Context:
         """Return what the method may know; `source` is the weight to fit scales to, the parameter's own value by default."""
