@@ -30,6 +30,7 @@ class Managed:
         fit: scales that the Run holds instead of refitting them, where the rule is a search.
         seen: version and address of the parameter's memory after our last write.
         grid: the quantizer of `(blocks, block)` rows.
+        place: index of the optimizer's parameter group.
     """
 
     name: str
@@ -45,12 +46,17 @@ class Managed:
 
     def __post_init__(self) -> None:
         self.grid = self.quantizer.local()
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        # the place, not the group: load_state_dict puts new dictionaries into the old places
+        self.place = next((k for k, group in enumerate(groups) if any(held is self.parameter for held in group["params"])), -1)
 
     @property
     def group(self) -> Mapping[str, Any]:
         """The optimizer's parameter group that holds this parameter; empty where no optimizer does."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return next((group for group in groups if any(held is self.parameter for held in group["params"])), {})
+        if self.optimizer is None:
+            return {}
+        group: Mapping[str, Any] = self.optimizer.param_groups[self.place]
+        return group
 
     @property
     def weight(self) -> Tensor:
