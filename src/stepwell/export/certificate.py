@@ -1,0 +1,103 @@
+"""Certificate: what a runtime loaded and computed, against the model that was trained."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight's comparison.
+
+    Attributes:
+        name: the parameter, or the node where no parameter is known.
+        nodes: how many operators of the file run on its codes; 0 is a weight in float.
+        grid: bits and block in the file, or "float".
+        codes_equal, scales_equal: bit for bit, zero points with the codes; None where there is nothing to compare with.
+        values_equal: whether the decoded weight in the file is the model's, bit for bit; None where it cannot be told apart.
+        note: what differs, or why the weight is in float.
+    """
+
+    name: str
+    nodes: int
+    grid: str
+    codes_equal: bool | None
+    scales_equal: bool | None
+    values_equal: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a runtime loaded and computed, against the model with `encoded.decode()` in place.
+
+    Attributes:
+        path, sha256: the file that was checked.
+        runtime, version: what ran it.
+        codes_equal, scales_equal: over all layers; None where no encoded weights were given.
+        values_equal: whether every decoded weight is the model's.
+        max_relative_error: largest difference of an output over all runs, relative to the largest output.
+        tolerance: what that error may be, `max(2e-6, 4 * noise)`.
+        noise: what one order of float32 summation moves the same outputs by, in the same unit.
+        kl: mean Kullback-Leibler divergence of the runtime's softmax from the model's, in nats per row; None without classes.
+        top1_agreement: share of rows with the same largest logit; None without classes.
+        inputs: input shapes of every run.
+        layers: one row per weight.
+        passed: weights equal and error within tolerance.
+    """
+
+    path: str
+    sha256: str
+    runtime: str
+    version: str
+    codes_equal: bool | None
+    scales_equal: bool | None
+    values_equal: bool
+    max_relative_error: float
+    tolerance: float
+    noise: float
+    kl: float | None
+    top1_agreement: float | None
+    inputs: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, numbers and strings; numbers that are not finite become None."""
+        return dict(_plain(asdict(self)))
+
+    def to_json(self) -> str:
+        """Return `to_dict()` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        head = ("weight", "nodes", "grid", "codes", "scales", "values")
+        rows = [
+            (layer.name, str(layer.nodes), layer.grid, *map(_word, (layer.codes_equal, layer.scales_equal, layer.values_equal)))
+            for layer in self.layers
+        ]
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        lines = [f"{self.path} in {self.runtime} {self.version}: {'passed' if self.passed else 'NOT PASSED'}"]
+        for row, note in zip([head, *rows], ["", *(layer.note for layer in self.layers)], strict=True):
+            lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), note]).rstrip())
+        lines.append(
+            f"outputs on inputs of {', '.join(self.inputs)}: largest difference {self.max_relative_error:.1e} of the largest output, "
+            f"allowed {self.tolerance:.1e} (the larger of 2e-6 and 4 times float32 noise {self.noise:.1e})"
+        )
+        if self.kl is not None and self.top1_agreement is not None:
+            lines.append(f"KL {self.kl:.1e} nats per row, top-1 agreement {self.top1_agreement:.2%}")
+        return "\n".join(lines)
+
+
+def _word(equal: bool | None) -> str:
+    return {True: "equal", False: "DIFFER", None: "-"}[equal]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON holds it."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

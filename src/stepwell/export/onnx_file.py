@@ -1,0 +1,153 @@
+"""An ONNX file as a runtime loads it: the matrices its MatMulNBits nodes hold, and a session that runs it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stepwell.export import nbits
+from stepwell.export.extras import need
+
+
+class Product(NamedTuple):
+    """One MatMulNBits node.
+
+    Attributes:
+        node: its name in the file.
+        parameter: the parameter that the name stands for, in files of ours.
+        held: the weight it multiplies with.
+        accuracy: its accuracy level; 0 and 1 compute in float32, 4 rounds activations to 8 bits.
+    """
+
+    node: str
+    parameter: str
+    held: nbits.Held
+    accuracy: int
+
+
+class OnnxFile(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        products: every MatMulNBits node, in the graph's order.
+        arrays: every other constant of the graph by name.
+        floats: parameters that the export left in float, with its reason; empty in files of others.
+    """
+
+    products: tuple[Product, ...]
+    arrays: Mapping[str, NDArray[Any]]
+    floats: Mapping[str, str]
+
+
+def read(path: str | Path) -> OnnxFile:
+    """Read the matrices of an ONNX file, whoever wrote it.
+
+    Raises:
+        ModuleNotFoundError: the extra `onnx` is not installed.
+        FileNotFoundError: no such file.
+        ValueError: no ONNX model, or a MatMulNBits node whose parts do not fit together.
+    """
+    need("onnx", extra="onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path`: no file at {path}. Give the file that `stepwell.export.onnx` wrote.")
+    try:
+        model = onnx.load(str(path))
+    except DecodeError as error:
+        raise ValueError(f"`path`: {path} is not a readable ONNX model ({error}).") from error
+    nodes, tensors = [], {}
+    for graph in _graphs(model.graph):
+        nodes += [node for node in graph.node if node.op_type == nbits.OPERATOR and node.domain == nbits.DOMAIN]
+        tensors.update({tensor.name: tensor for tensor in graph.initializer})
+    own = {name for node in nodes for name in node.input[1:] if name}
+    return OnnxFile(
+        tuple(_product(node, tensors) for node in nodes),
+        {name: onnx.numpy_helper.to_array(tensor) for name, tensor in tensors.items() if name not in own},
+        _floats(model.metadata_props, path),
+    )
+
+
+class Session(NamedTuple):
+    """A file loaded by onnxruntime on the CPU.
+
+    Attributes:
+        axes: for every input, its open axes and their names.
+        run: inputs -> all outputs, as arrays.
+        version: of onnxruntime.
+    """
+
+    axes: tuple[dict[int, str], ...]
+    run: Callable[[tuple[Tensor, ...]], list[NDArray[Any]]]
+    version: str
+
+
+def load(path: str | Path) -> Session:
+    """Load a file into onnxruntime as a user would: CPU provider, default optimizations.
+
+    Raises:
+        ModuleNotFoundError: the extra `onnx` is not installed.
+        ValueError: onnxruntime refuses the file.
+    """
+    need("onnxruntime", extra="onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise ValueError(f"`path`: onnxruntime does not load {path}: {str(error).splitlines()[0]}") from error
+    inputs = session.get_inputs()
+
+    def run(example: tuple[Tensor, ...]) -> list[NDArray[Any]]:
+        if len(example) != len(inputs):
+            raise ValueError(f"`example` must hold {len(inputs)} tensors for {[part.name for part in inputs]}: got {len(example)}.")
+        feed = {part.name: np.ascontiguousarray(value.numpy()) for part, value in zip(inputs, example, strict=True)}
+        return list(session.run(None, feed))
+
+    axes = tuple({axis: size for axis, size in enumerate(part.shape) if isinstance(size, str)} for part in inputs)
+    return Session(axes, run, onnxruntime.__version__)
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _product(node: Any, tensors: Mapping[str, Any]) -> Product:
+    """Read one node and its constants."""
+    import onnx
+
+    field = {attribute.name: attribute.i for attribute in node.attribute}
+    names = [*node.input, *[""] * 4][1:4]
+    absent = [name for name in names[:2] if name not in tensors]
+    if absent or (names[2] and names[2] not in tensors):
+        raise ValueError(f"MatMulNBits node {node.name!r} must have constant weights: its inputs {absent or names[2:]} are computed.")
+    codes, scales, zeros = (onnx.numpy_helper.to_array(tensors[name]) if name else None for name in names)
+    assert codes is not None
+    assert scales is not None
+    held = nbits.from_inputs(
+        codes, scales, zeros, outputs=field["N"], inputs=field["K"], bits=field.get("bits", 4), block=field["block_size"]
+    )
+    return Product(node.name, nbits.parameter(node.name), held, field.get("accuracy_level", 0))
+
+
+def _floats(properties: Any, path: str | Path) -> dict[str, str]:
+    """Read the export's own list of float weights."""
+    for entry in properties:
+        if entry.key == nbits.METADATA:
+            try:
+                return dict(json.loads(entry.value)["floats"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"`path`: {path} describes itself in a way that cannot be read ({error!r}).") from error
+    return {}

@@ -1,0 +1,102 @@
+"""Trace: from a PyTorch model to an ONNX graph whose initializers still carry the parameters' names and layout."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_example(example: tuple[Tensor, ...]) -> None:
+    """Refuse what is not a tuple of tensors with at least one row each.
+
+    Raises:
+        TypeError: not a tuple of tensors.
+        ValueError: no tensor, or an empty one.
+    """
+    if not isinstance(example, tuple) or not all(isinstance(part, Tensor) for part in example):
+        raise TypeError(
+            f"`example` must be a tuple of the model's input tensors: got {type(example).__name__}. Write `(x,)` for a single input."
+        )
+    if not example or any(part.numel() == 0 or part.ndim == 0 for part in example):
+        shapes = [tuple(part.shape) for part in example]
+        raise ValueError(f"`example` must hold input tensors with a batch dimension and elements: got shapes {shapes}.")
+
+
+def open_axes(example: tuple[Tensor, ...], sequence: int | None) -> list[dict[int, str]]:
+    """Return, for every input, which of its axes stay open, by name.
+
+    An input whose first axis is as long as that of the first input is batched; the same holds for the sequence axis.
+    """
+    wanted = {0: "batch"} if sequence is None else {0: "batch", sequence: "sequence"}
+    first = example[0].shape
+    return [{axis: name for axis, name in wanted.items() if axis < part.ndim and part.shape[axis] == first[axis]} for part in example]
+
+
+def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[int, str]]) -> Any:
+    """Trace a model into torch's ONNX program, not yet optimized: every parameter is still an initializer of its own name and shape.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        example: inputs; an open axis of length one is repeated first, because tracing would take a one for a constant.
+        axes: open axes of every input, from `open_axes`.
+
+    Raises:
+        RuntimeError: the model cannot be traced, or fixes an axis that is to stay open.
+    """
+    dims = {name: torch.export.Dim(name) for part in axes for name in part.values()}
+    shapes = tuple({axis: dims[name] for axis, name in part.items()} for part in axes)
+    inputs = tuple(_at_least_two(part, list(opened)) for part, opened in zip(example, axes, strict=True))
+    try:
+        with quiet(), torch.no_grad():
+            traced = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if _takes_any(model) else shapes, strict=False)
+            program = torch.onnx.export(traced, dynamo=True, optimize=False, verbose=False)
+            assert program is not None
+            _name_axes(program, axes)
+    except Exception as error:  # the exporter raises whatever its parts raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RuntimeError(
+            f"`model` could not be traced to ONNX with the open axes {', '.join(dims) or 'none'}: {reason} "
+            "Look for Python control flow on tensor values or a fixed batch size in its forward pass."
+        ) from error
+    return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings and logging below errors: the exporter talks about its own insides."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(max(before, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _takes_any(model: nn.Module) -> bool:
+    """Whether the forward pass takes its inputs as `*args`, for which torch.export wants the shapes one level deeper."""
+    from inspect import Parameter, signature
+
+    kinds = [parameter.kind for parameter in signature(model.forward).parameters.values()]
+    return bool(kinds) and kinds[0] is Parameter.VAR_POSITIONAL
+
+
+def _at_least_two(part: Tensor, axes: list[int]) -> Tensor:
+    """Repeat every axis of length one among `axes`."""
+    for axis in axes:
+        if part.shape[axis] == 1:
+            part = torch.cat([part, part], dim=axis)
+    return part
+
+
+def _name_axes(program: Any, axes: list[dict[int, str]]) -> None:
+    """Give the traced symbols the names of the open axes."""
+    names = {}
+    for value, opened in zip(program.model.graph.inputs, axes, strict=True):
+        names.update({value.shape[axis]: name for axis, name in opened.items()})
+    program.rename_axes(names)
