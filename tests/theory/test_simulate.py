@@ -185,6 +185,34 @@ def test_divergence_has_a_status_and_no_nan():
     assert simulate(Problem(BOTH, lr=2.5, label_noise=0.3), [0, 40], dim=200, seeds=2).status == "ok"  # quantization confines it
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lotion_diverges_where_the_linear_model_does(decay):
+    p = Problem(BOTH, method="lotion", lr=2.5, label_noise=0.3, weight_decay=decay)
+    trajectory = simulate(p, [0, 2, 400], dim=100, seeds=2)
+    assert trajectory.status == "diverged"
+    assert np.all(np.isinf([trajectory.error[2], trajectory.error_latent[2], trajectory.error_randomized[2]]))
+    assert np.all(np.isfinite(trajectory.error_randomized[:2]))
+
+
+def test_a_large_start_is_no_divergence():
+    p = Problem(None, lr=0.5, initial_variance=1e14)
+    assert simulate(p, [0, 1], dim=100, seeds=2).status == "ok"
+
+
+def test_a_failing_run_stops_the_others():
+    ages = np.array([10**15])  # steps; would take years
+
+    def task(run: runs.Run) -> None:
+        if run.state.stream[0, 0] == first:
+            raise RuntimeError("stop here")
+        list(runs.walk(run, ages))
+
+    everything = runs.Runs(CASES["ste"], 100, 3, 0, "quantile", 1)
+    first = runs.new_run(everything, 0, runs.Event()).state.stream[0, 0]
+    with pytest.raises(RuntimeError, match="stop here"):
+        runs.for_each_run(everything, task)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -22,7 +22,7 @@ Start = Literal["quantile", "iid"]
 Result = TypeVar("Result")
 
 WORK_PER_CALL = 10**8  # coordinate-steps, about 0.1 s, after which a run looks whether it shall stop
-HUGE = 1e12  # an error this far above the teacher's power has diverged
+HUGE = 1e12  # an error this far above the scale of the start has diverged
 
 
 class Runs(NamedTuple):
@@ -73,11 +73,12 @@ def walk(run: Run, stops: NDArray[np.int64]) -> Iterator[None]:
 
 def curve(run: Run, stops: NDArray[np.int64]) -> Array:
     """Return the errors at the stops, `(stops, 3)` as in `errors`; infinite from the stop on where a run has diverged."""
-    rows = np.full((len(stops), 3), np.inf)
+    p, rows = run.problem, np.full((len(stops), 3), np.inf)
+    bound = HUGE * (p.teacher_power + p.initial_variance + p.initial_overlap**2 / p.teacher_power)
     with np.errstate(over="ignore", invalid="ignore"):
         for k, _ in enumerate(walk(run, stops)):
             row = errors(run)
-            if not np.all(row < HUGE * run.problem.teacher_power):
+            if not np.all(row < bound):  # NaN is not below it either
                 break
             rows[k] = row
     return rows

@@ -61,6 +61,11 @@ def simulate(
     Raises:
         ValueError: a value outside its range, or runs that need more than 2 GiB of memory.
         ImportError: numba is missing.
+
+    >>> from stepwell.theory.staircase import Staircase
+    >>> p = Problem(Staircase(bits=1, range=2.0), lr=0.1, initial_overlap=1.0, initial_variance=0.0)
+    >>> float(simulate(p, [0.0], dim=100).error[0])  # w = w* = 1 is rounded to 2, and half the squared distance is
+    0.5
     """
     t = check_times(times)
     _check(problem, t, dim=dim, seeds=seeds, seed=seed, start=start, batch=batch, copies=0)
@@ -101,7 +106,8 @@ def simulate_weights(
     stops = np.rint(t * dim).astype(np.int64)
 
     def snapshots(run: Run) -> NDArray[np.float32]:
-        return np.array([run.state.target, *(run.state.weight.astype(np.float32) for _ in walk(run, stops))])
+        with np.errstate(over="ignore"):
+            return np.array([run.state.target, *(run.state.weight.astype(np.float32) for _ in walk(run, stops))])
 
     rows = np.stack(for_each_run(Runs(problem, dim, seeds, seed, start, batch), snapshots), axis=1)
     return Sample(rows[1:], rows[0])
