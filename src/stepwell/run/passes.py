@@ -15,7 +15,7 @@ from torch import Tensor
 from stepwell.methods.base import Context, Method
 from stepwell.run.managed import Managed, wide
 
-PIECE = 1 << 16  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
+PIECE = 1 << 17  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
 
 Pass = Callable[..., None]
