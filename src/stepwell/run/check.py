@@ -57,7 +57,7 @@ def managed_of(
     narrow = [one.name for one in found if one.parameter.dtype in (torch.bfloat16, torch.float16) and one.parameter.requires_grad]
     if narrow:
         warnings.warn(
-            f"{len(narrow)} parameters such as {narrow[0]!r} are {found[0].parameter.dtype}: optimizer updates below that dtype's resolution "
+            f"{len(narrow)} parameters such as {narrow[0]!r} are in half precision: optimizer updates below its resolution "
             "are lost, as in plain training. Keep float32 parameters and train under autocast to avoid it.",
             stacklevel=3,
         )
