@@ -26,7 +26,10 @@ def round_nearest(units: Tensor, format: Format) -> Tensor:
     """
     if format.uniform:
         if format.shift:
-            return (units + format.shift).round_().clamp_(format.codes[0], format.codes[-1]).sub_(format.shift)
+            # half-odd values lie in the middle between integers; on an integer itself the even code, which is that integer or one less
+            code = units.floor()
+            odd = (code == units) & (torch.remainder(code, 2) == 1)
+            return code.sub_(odd.to(code.dtype)).clamp_(format.codes[0], format.codes[-1]).sub_(format.shift)
         return units.round().clamp_(format.low, format.high)
     table = _tables(format, units.dtype, units.device)
     return table.values[torch.bucketize(units, table.thresholds)]
@@ -36,7 +39,10 @@ def bracket(units: Tensor, format: Format) -> Bracket:
     """Return the neighbouring grid values of each element and the element clamped to the grid's range, all in grid units."""
     x = units.clamp(format.low, format.high)
     if format.uniform:
-        code = (x + format.shift).floor_().clamp_(format.codes[0], format.codes[-1] - 1)
+        code = x.floor()
+        if format.shift:
+            code.sub_((x - code < 0.5).to(code.dtype))
+        code.clamp_(format.codes[0], format.codes[-1] - 1)
         lower = code - format.shift
         return Bracket(lower, x, lower + 1, torch.remainder(code, 2) == 1)
     table = _tables(format, units.dtype, units.device)
