@@ -16,10 +16,11 @@ class SinglyRounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation; those that write in place, return views or have no float64 version run as they are."""
+        """Run one operation; those that write in place, return views, are float64 already or have no such version run as they are."""
         kwargs, schema = kwargs or {}, func._schema
-        wide = any(isinstance(part, Tensor) and part.dtype == torch.float64 for part in tree_leaves((args, kwargs)))
-        if wide or schema.is_mutable or any(part.alias_info for part in (*schema.arguments, *schema.returns)):
+        dtypes = {getattr(part, "dtype", part) for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor | torch.dtype)}
+        aliasing = schema.is_mutable or any(part.alias_info for part in (*schema.arguments, *schema.returns))
+        if aliasing or torch.float32 not in dtypes or torch.float64 in dtypes:
             return func(*args, **kwargs)
         try:
             return tree_map(_narrow, func(*tree_map(_widen, args), **tree_map(_widen, kwargs)))
