@@ -75,12 +75,17 @@ def closure_state(problem: Problem, times: Array) -> tuple[State, Status]:
 
 
 def runs_away(problem: Problem) -> bool:
-    """Whether the closure has no fixed point, so that its order parameters grow for ever."""
-    if problem.weights is None or problem.weight_decay > 0:
+    """Whether the closure has no fixed point, so that its order parameters grow for ever.
+
+    For a teacher of equal weights this holds for the exact limit as well: every weight then leaves the grid for good.
+    """
+    if problem.weights is None or problem.weight_decay > 0 or problem.method != "ste":
         return False
+    target, levels = problem.target * sqrt(problem.teacher_power), problem.weights.levels
+    if problem.teacher == "one":
+        return bool(target >= levels[-1] * (1 - 1e-12) or target <= levels[0])
     # The teacher's overlap with psi cannot exceed that of a fully saturated student.
-    reach = problem.top if problem.teacher == "one" else problem.top * sqrt(2 / pi)
-    return problem.target * sqrt(problem.teacher_power) >= reach * (1 - 1e-12)
+    return bool(target >= (levels[-1] - levels[0]) / 2 * sqrt(2 / pi))
 
 
 def order_parameters(t: float, y: Array, problem: Problem, weights: Staircase) -> tuple[float, float]:

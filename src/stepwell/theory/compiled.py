@@ -86,19 +86,25 @@ def step(
 @njit(cache=True, nogil=True)
 def evolve(
     width: Array, gap: Array, potential: Array, force: Array, energy: Array, energy_offset: float, diffusion: float, opened: bool,
-    masses: Array, length: Array, output: Array,
-) -> tuple[Array, Array]:  # fmt: skip
+    masses: Array, length: Array, output: Array, functionals: Array, keep: bool,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """As `fokker_planck.evolve_plainly`, with the records laid out flat."""
     nodes, size = masses.shape
     P = masses.copy()
     work = np.empty((2, size))
-    out = np.empty((len(output), nodes, size))
+    observed = np.zeros((len(functionals), len(output)))
+    kept = np.empty((len(output) if keep else 0, nodes, size))
     E = np.empty(len(length) + 1)
     E[0] = energy_offset + np.sum(energy * P)
     k = 0
     for n in range(len(length) + 1):
         while k < len(output) and output[k] == n:
-            out[k] = P
+            for f in range(len(functionals)):
+                for j in range(nodes):
+                    for i in range(size):
+                        observed[f, k] += functionals[f, j, i] * P[j, i]
+            if keep:
+                kept[k] = P
             k += 1
         if n == len(length):
             break
@@ -111,4 +117,4 @@ def evolve(
             for i in range(size):
                 total += energy[j, i] * P[j, i]
         E[n + 1] = energy_offset + total
-    return out, E
+    return observed, E, kept

@@ -23,6 +23,8 @@ from stepwell.theory.staircase import Array, Staircase
 from stepwell.theory.trajectory import Density, Status, Trajectory
 
 TEACHER_NODES = 45  # of the coarse grid
+LAYERS = 2.0  # width of the coarse cells in layers at a threshold
+LOTION_LAYERS = {"one": 4.0, "gauss": 16.0}  # kinks everywhere, so no part of the grid is coarse
 TOLERANCE = 6e-3  # largest distance of two grids; the extrapolated curve is more than ten times closer
 WORK = 4e8  # cells times steps that a solve may take
 DENSITY_VALUES = 5e7
@@ -39,7 +41,7 @@ class Solution(NamedTuple):
     edges: Array
     nodes: Nodes
     masses: Array
-    """`(times, nodes, cells + 2)`"""
+    """`(times, nodes, cells + 2)` where they are kept"""
 
 
 def exact(problem: Problem, times: ArrayLike, *, density: bool = False) -> Trajectory:
@@ -83,7 +85,7 @@ def exact(problem: Problem, times: ArrayLike, *, density: bool = False) -> Traje
     return Trajectory(t, errors[0], status, message, density=law)
 
 
-def solve(problem: Problem, weights: Staircase, times: Array, edges: Array, level: int) -> Solution:
+def solve(problem: Problem, weights: Staircase, times: Array, edges: Array, level: int, *, keep: bool = False) -> Solution:
     """Return the solution on one grid: `edges` halved and steps cut `level` times, the teacher nodes doubled as often.
 
     This is `exact` without refinement and extrapolation: second order in cells and steps.
@@ -101,20 +103,20 @@ def solve(problem: Problem, weights: Staircase, times: Array, edges: Array, leve
         masses[:, 1] += masses[:, 0]
         masses[:, -2] += masses[:, -1]
         masses[:, [0, -1]] = 0.0
-    moved, energy = evolve(landscape, masses, cut(times, problem.lr, level))
-    errors = observables.offset + np.einsum("enc,tnc->et", observables.functional, moved)
-    return Solution(errors, energy, edges, nodes, moved)
+    path = evolve(landscape, masses, cut(times, problem.lr, level), functionals=observables.functional, keep=keep)
+    return Solution(observables.offset + path.observed, path.energy, edges, nodes, path.masses)
 
 
 def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -> tuple[tuple[Solution, Solution], bool]:
     """Return the two finest solutions and whether they are close."""
     horizon = float(times[-1])
-    edges = mesh(problem, weights, horizon, scales(problem, weights, horizon))
+    layers = LOTION_LAYERS[problem.teacher] if problem.method == "lotion" else LAYERS
+    edges = mesh(problem, weights, horizon, scales(problem, weights, horizon), layers=layers)
     nodes = len(teacher_nodes(problem, 2 * TEACHER_NODES).mass)
     if density:
         _check_density(2 * len(times) * len(edges) * nodes)
-    coarse = solve(problem, weights, times, edges, 0)
-    fine = solve(problem, weights, times, edges, 1)
+    coarse = solve(problem, weights, times, edges, 0, keep=density)
+    fine = solve(problem, weights, times, edges, 1, keep=density)
     level = 1
     while not _close(fine, coarse):
         level += 1
@@ -122,7 +124,7 @@ def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -
             return (fine, coarse), False
         if density:
             _check_density(2**level * len(times) * len(edges) * nodes)
-        coarse, fine = fine, solve(problem, weights, times, edges, level)
+        coarse, fine = fine, solve(problem, weights, times, edges, level, keep=density)
     return (fine, coarse), True
 
 

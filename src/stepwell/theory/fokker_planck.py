@@ -49,33 +49,46 @@ class Steps(NamedTuple):
     """number of steps done before each output, `(times,)`"""
 
 
-def evolve(landscape: Landscape, masses: Array, steps: Steps) -> tuple[Array, Array]:
+class Path(NamedTuple):
+    """What is kept of a solve."""
+
+    observed: Array
+    """functionals at the outputs, `(functionals, times)`"""
+    energy: Array
+    """E after every step, `(steps + 1,)`"""
+    masses: Array
+    """masses at the outputs, `(times, nodes, cells + 2)`; `(0, ...)` unless they are kept"""
+
+
+def evolve(landscape: Landscape, masses: Array, steps: Steps, *, functionals: Array, keep: bool) -> Path:
     """Move the masses through all steps.
 
     Args:
         landscape: grid, potential and the functional that gives E.
         masses: start, `(nodes, cells + 2)`, first and last are the atoms beyond the ends.
         steps: time grid.
-
-    Returns:
-        Masses at the outputs, `(times, nodes, cells + 2)`, and E after every step, `(steps + 1,)`.
+        functionals: what is summed against the masses at the outputs, `(functionals, nodes, cells + 2)`.
+        keep: return the masses at the outputs as well.
     """
     try:
         from stepwell.theory.compiled import evolve as compiled
     except ImportError:
-        return evolve_plainly(landscape, masses, steps)
-    return compiled(*landscape, masses, *steps)
+        return evolve_plainly(landscape, masses, steps, functionals=functionals, keep=keep)
+    return Path(*compiled(*landscape, masses, *steps, functionals, keep))
 
 
-def evolve_plainly(landscape: Landscape, masses: Array, steps: Steps) -> tuple[Array, Array]:
+def evolve_plainly(landscape: Landscape, masses: Array, steps: Steps, *, functionals: Array, keep: bool) -> Path:
     """The same with numpy and scipy alone."""
     P = masses.copy()
     energy = [_energy(landscape, P)]
-    out = np.empty((len(steps.output), *P.shape))
+    observed, kept = np.empty((len(functionals), len(steps.output))), np.empty((len(steps.output) if keep else 0, *P.shape))
     k, previous = 0, 0.0
     for n in range(len(steps.length) + 1):
         while k < len(steps.output) and steps.output[k] == n:
-            out[k], k = P, k + 1
+            observed[:, k] = np.einsum("fnc,nc->f", functionals, P)
+            if keep:
+                kept[k] = P
+            k += 1
         if n == len(steps.length):
             break
         tau = steps.length[n]
@@ -84,7 +97,7 @@ def evolve_plainly(landscape: Landscape, masses: Array, steps: Steps) -> tuple[A
         P = _step(landscape, P, max(middle if middle > 0 else energy[-1], SMALLEST), tau, implicit=n < HALF_STEPS)
         energy.append(_energy(landscape, P))
         previous = tau
-    return out, np.array(energy)
+    return Path(observed, np.array(energy), kept)
 
 
 def _energy(landscape: Landscape, P: Array) -> float:

@@ -19,9 +19,9 @@ from stepwell.theory.staircase import Array, Staircase
 
 PER_STEP = 8  # coarse cells per spacing at least,
 FINEST = 1000.0  # unless a spacing is as small as this part of the range: averages over cells do then
-LAYERS = 2.0  # coarse cells are at most that many layers wide
 ENOUGH = 512  # levels that an estimate needs at most
 GROWTH = 0.1
+CALM = 0.01  # no grid starts finer than for this part of the largest E: the noise may die out altogether
 FIRST, FASTER, LONGEST = 0.01, 0.02, 0.1  # step lengths times eta: at first, per elapsed time, at most
 SIGMAS, TAIL = 6.5, 25.0  # reach of a Gaussian in standard deviations, of an exponential in lengths: both below 1e-10
 
@@ -46,18 +46,17 @@ def scales(problem: Problem, weights: Staircase, horizon: float) -> Scales:
         error = rounded_error(problem, thin, closure_state(replace(problem, weights=thin), t)[0])
     E = np.maximum(2 * error + problem.label_noise**2, 1e-12)
     most = float(np.max(E))
-    return Scales(float(np.sqrt(E[0] * max(np.min(E), 0.1 * E[0]))), max(0.8 * float(np.min(E)), 1e-2 * most), 1.5 * most)
+    return Scales(float(np.sqrt(E[0] * max(np.min(E), 0.1 * E[0]))), max(0.8 * float(np.min(E)), CALM * most), 1.5 * most)
 
 
-def mesh(problem: Problem, weights: Staircase, horizon: float, scale: Scales) -> Array:
-    """Return the coarsest cell boundaries, `(cells + 1,)`."""
+def mesh(problem: Problem, weights: Staircase, horizon: float, scale: Scales, *, layers: float) -> Array:
+    """Return cell boundaries, `(cells + 1,)`, with cells of at most so many `layers`."""
     rho, steps = problem.power, weights.steps
     farthest = np.sqrt(problem.teacher_power) * (1.0 if problem.teacher == "one" else 4.5)
     spread = abs(problem.initial_overlap) / problem.teacher_power * farthest + SIGMAS * np.sqrt(problem.initial_variance)
     layer = problem.lr * scale.least / (2 * float(np.max(steps)))
     width = np.sqrt(problem.initial_variance + 0.1 * problem.lr * rho * scale.early) / 2
-    coarse = LAYERS * (8 if problem.method == "lotion" else 1)  # its drift changes less across a kink
-    inner = min(coarse * layer, width, max(float(np.max(steps)) / PER_STEP, weights.range / FINEST))
+    inner = min(layers * layer, width, max(float(np.max(steps)) / PER_STEP, weights.range / FINEST))
     pull = abs(problem.gain * farthest) + rho * float(np.max(np.abs(weights.levels)))
     outer = max(inner, min(2 * problem.lr * rho * scale.early / pull, width, 0.2))
     reach = _reach(problem, weights, horizon, scale, farthest, spread)
@@ -113,7 +112,7 @@ def _reach(problem: Problem, weights: Staircase, horizon: float, scale: Scales, 
     nearest = farthest if problem.teacher == "one" else -farthest
     outward = max(a * farthest - rho * weights.levels[-1], rho * weights.levels[0] - a * nearest)
     edge = float(np.max(np.abs(weights.thresholds)))
-    noise = SIGMAS * np.sqrt(2 * D * duration)
+    noise = SIGMAS * np.sqrt(min(2 * D * duration, D / lam if lam > 0 else np.inf))
     if outward < 0:
         return float(max(spread + 1e-9, edge + min(TAIL * D / -outward, noise)))
     drift = min(outward * duration, outward / lam if lam > 0 else np.inf)

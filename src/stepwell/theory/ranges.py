@@ -1,0 +1,133 @@
+"""Sweeps: plateau length and final error over bit widths and ranges, and the range that is best for a given horizon."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepwell.theory.closure import closure
+from stepwell.theory.exact import exact
+from stepwell.theory.plateau import lengths
+from stepwell.theory.problem import Problem
+from stepwell.theory.staircase import Array, Staircase
+from stepwell.theory.trajectory import Trajectory
+
+Theory = Literal["exact", "closure"]
+
+TIMES = 401
+GRID, ZOOMS = 49, 3
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """A phase diagram, one row per bit width and one column per range.
+
+    Attributes:
+        bits: bit widths, `(widths,)`.
+        ranges: ranges, `(ranges,)`.
+        l10: plateau lengths in t, `(widths, ranges)`; infinite where the error never falls.
+        l90: times of nine tenths of the drop, same shape.
+        error: error at the horizon, same shape.
+        status: status of each solve, same shape.
+    """
+
+    bits: tuple[int, ...]
+    ranges: Array
+    l10: Array
+    l90: Array
+    error: Array
+    status: tuple[tuple[str, ...], ...]
+
+    def best(self) -> Array:
+        """Return the range with the smallest final error for each bit width, `(widths,)`."""
+        return np.asarray(self.ranges[np.argmin(self.error, axis=1)])
+
+
+@dataclass(frozen=True, eq=False)
+class BestRange:
+    """The range to use for a horizon.
+
+    Attributes:
+        range: the best range found.
+        error: its error at the horizon.
+        ranges: all ranges tried, sorted, `(ranges,)`.
+        errors: their errors at the horizon, `(ranges,)`.
+    """
+
+    range: float
+    error: float
+    ranges: Array
+    errors: Array
+
+
+def best_range(problem: Problem, horizon: float, *, theory: Theory = "closure", ranges: ArrayLike | None = None) -> BestRange:
+    """Return the weight range with the smallest error after `horizon`.
+
+    Args:
+        problem: constants; the range of `weights` is what is searched, its kind and bits stay. Inputs stay as they are.
+        horizon: time t = steps / dimension at which training ends.
+        theory: "closure" (fast) or "exact".
+        ranges: where to look, increasing; by default 0.1 to 8 times the target's scale. The search then zooms in around the best.
+
+    Returns:
+        The best range, its error, and everything tried.
+
+    Raises:
+        ValueError: no weight quantizer, one with listed levels, or a horizon that is not positive.
+    """
+    _check(problem, horizon)
+    scale = problem.target * np.sqrt(problem.teacher_power)
+    tried = np.geomspace(0.1, 8.0, GRID) * scale if ranges is None else np.asarray(ranges, dtype=float)
+    found: dict[float, float] = {}
+    for _ in range(1 + ZOOMS):
+        for omega in tried:
+            if omega not in found:
+                found[float(omega)] = _final(_with_range(problem, float(omega)), horizon, theory)
+        done = sorted(found)
+        k = int(np.argmin([found[omega] for omega in done]))
+        tried = np.linspace(done[max(k - 1, 0)], done[min(k + 1, len(done) - 1)], 9)
+    best = done[k]
+    return BestRange(best, found[best], np.array(done), np.array([found[omega] for omega in done]))
+
+
+def sweep(problem: Problem, horizon: float, *, bits: Sequence[int], ranges: ArrayLike, theory: Theory = "closure") -> Sweep:
+    """Return plateau lengths and final errors over bit widths and ranges.
+
+    Args:
+        problem: constants; bits and range of `weights` are replaced. Inputs stay as they are.
+        horizon: last time; plateaus are measured on 401 times up to it, finer at the beginning.
+        bits: bit widths.
+        ranges: ranges, `(ranges,)`.
+        theory: "closure" (a millisecond each) or "exact".
+    """
+    _check(problem, horizon)
+    omegas = np.atleast_1d(np.asarray(ranges, dtype=float))
+    times = np.concatenate([[0.0], np.geomspace(horizon * 1e-3, horizon, TIMES - 1)])
+    curves = [[_curve(_with_range(problem, float(omega), width), times, theory) for omega in omegas] for width in bits]
+    measured = np.array([[lengths(times, curve.error)[:2] for curve in row] for row in curves])
+    final = np.array([[curve.error[-1] for curve in row] for row in curves])
+    status = tuple(tuple(curve.status for curve in row) for row in curves)
+    return Sweep(tuple(bits), omegas, measured[..., 0], measured[..., 1], final, status)
+
+
+def _with_range(problem: Problem, omega: float, bits: int | None = None) -> Problem:
+    weights = problem.weights
+    assert weights is not None
+    return replace(problem, weights=Staircase(bits or weights.bits, omega, weights.kind, weights.temperature))
+
+
+def _curve(problem: Problem, times: Array, theory: Theory) -> Trajectory:
+    return closure(problem, times) if theory == "closure" else exact(problem, times)
+
+
+def _final(problem: Problem, horizon: float, theory: Theory) -> float:
+    return float(_curve(problem, np.array([horizon]), theory).error[-1])
+
+
+def _check(problem: Problem, horizon: float) -> None:
+    if problem.weights is None or problem.weights.kind == "levels":
+        raise ValueError(f"`problem` must have weights of kind 'end', 'mid' or 'tread', whose range can vary: got {problem.weights!r}.")
+    if not np.isfinite(horizon) or horizon <= 0:
+        raise ValueError(f"`horizon` must be a finite time above 0: got {horizon!r}.")
