@@ -47,8 +47,8 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
     Raises:
         RuntimeError: the model cannot be traced, or fixes an axis that is to stay open.
     """
-    dims = {name: torch.export.Dim(name) for part in axes for name in part.values()}
-    shapes = tuple({axis: dims[name] for axis, name in part.items()} for part in axes)
+    # dynamic with a range to be found: a model with a longest sequence is fine, one with a fixed length is an error
+    shapes = tuple(dict.fromkeys(part, torch.export.Dim.DYNAMIC) for part in axes)
     inputs = tuple(_at_least_two(part, list(opened)) for part, opened in zip(example, axes, strict=True))
     try:
         with quiet(), torch.no_grad():
@@ -57,10 +57,11 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
             assert program is not None
             _name_axes(program, axes)
     except Exception as error:  # the exporter raises whatever its parts raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        names = ", ".join(sorted({name for part in axes for name in part.values()}))
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RuntimeError(
-            f"`model` could not be traced to ONNX with the open axes {', '.join(dims) or 'none'}: {reason} "
-            "Look for Python control flow on tensor values or a fixed batch size in its forward pass."
+            f"`model` could not be traced to ONNX with open axes {names}. Look for Python control flow on tensor values, or a fixed size "
+            f"of an open axis, in its forward pass. torch.export says: {reason}"
         ) from error
     return program
 
