@@ -189,6 +189,18 @@ def test_missing_extra_is_a_failure_that_names_it(run, tmp_path, monkeypatch):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("error", "code"), [(TypeError("`bits` must be an int: got 4.0"), 2), (TypeError("f() missing 1 argument"), None)])
+def test_wrong_type_is_bad_input_but_a_bug_shows_whole(monkeypatch, error, code):
+    def broken():
+        raise error
+
+    monkeypatch.setattr("stepwell.formats.formats", broken)
+    monkeypatch.setattr(sys, "argv", ["stepwell", "formats"])
+    with pytest.raises(SystemExit if code else TypeError) as left:
+        cli.main()
+    assert getattr(left.value, "code", None) == code
+
+
 def test_installed_script_runs():
     script = Path(sys.executable).with_name("stepwell")
     done = subprocess.run([script, "inspect", "no-such-file"], capture_output=True, text=True, check=False)

@@ -26,6 +26,8 @@ def main() -> None:
     try:
         build()(prog_name="stepwell")
     except BAD_INPUT as error:
+        if isinstance(error, TypeError) and "`" not in str(error):
+            raise  # Python's own, which names no argument of ours in backticks: a bug, to be shown whole
         _leave(error, 2)
     except ImportError as error:
         _leave(error, 1)
