@@ -8,7 +8,7 @@ Sources: OCP Microscaling Formats (MX) v1.0 for fp4_e2m1, fp8_e4m3, fp8_e5m2 and
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 Levels = Literal["symmetric", "full", "mid", "affine"]
@@ -63,7 +63,7 @@ class Format:
         return self.name if self.levels in (None, "symmetric") else f"{self.name}/{self.levels}"
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)  # typed: 4.0 must not find what was kept for 4
 def integer(bits: int, levels: Levels = "symmetric") -> Format:
     """Return the uniform integer grid of `bits` bits.
 

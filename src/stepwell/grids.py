@@ -32,7 +32,7 @@ def round_nearest(units: Tensor, format: Format) -> Tensor:
             return code.sub_(odd.to(code.dtype)).clamp_(format.codes[0], format.codes[-1]).sub_(format.shift)
         return units.round().clamp_(format.low, format.high)
     table = _tables(format, units.dtype, units.device)
-    return table.values[torch.bucketize(units, table.thresholds)]
+    return table.values[torch.bucketize(units.contiguous(), table.thresholds)]
 
 
 def bracket(units: Tensor, format: Format) -> Bracket:
@@ -46,7 +46,7 @@ def bracket(units: Tensor, format: Format) -> Bracket:
         lower = code - format.shift
         return Bracket(lower, x, lower + 1, torch.remainder(code, 2) == 1)
     table = _tables(format, units.dtype, units.device)
-    index = torch.bucketize(x, table.values[1:-1], right=True)
+    index = torch.bucketize(x.contiguous(), table.values[1:-1], right=True)
     return Bracket(table.values[index], x, table.values[index + 1], table.even[index + 1])
 
 
@@ -56,7 +56,7 @@ def to_codes(values: Tensor, format: Format) -> Tensor:
     if format.uniform:
         return (values + format.shift).to(torch.int16).to(dtype)
     table = _tables(format, values.dtype, values.device)
-    return table.codes.to(dtype)[torch.searchsorted(table.values, values)]
+    return table.codes.to(dtype)[torch.searchsorted(table.values, values.contiguous())]
 
 
 def from_codes(codes: Tensor, format: Format, dtype: torch.dtype) -> Tensor:

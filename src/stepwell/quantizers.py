@@ -178,6 +178,8 @@ class Quantizer:
         block_length(tuple(weight.shape), self.block, self.axis)
         work = weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
         blocks = to_blocks(work, self.block, self.axis)
+        if self.compute == "fp16" and (largest := float(blocks.abs().max())) > torch.finfo(torch.float16).max:
+            raise ValueError(f"`compute`='fp16' overflows beyond 65504: got a weight of magnitude {largest:g}. Use 'bf16' or None.")
         if scale is None:
             tensor_scale = self.tensor_scale(blocks)
             return blocks, self.fit(blocks, tensor_scale=tensor_scale), tensor_scale

@@ -73,7 +73,8 @@ def absmax(low: Tensor, high: Tensor, format: Format, *, rounding: ScaleRounding
     by the highest power of two on the grid instead of by the edge.
     """
     if format.levels == "affine":
-        return (high - low if zero == "minimum" else high.clamp(min=0) - low.clamp(max=0)) / format.high
+        reach = high - low if zero == "minimum" else high.clamp(min=0) - low.clamp(max=0)
+        return reach.clamp_(max=torch.finfo(reach.dtype).max) / format.high  # finite weights can lie infinitely far apart
     if format.levels == "full":
         return torch.where(high > -low, high, low) / -format.edge
     edge = 2.0 ** math.floor(math.log2(format.edge)) if rounding == "floor" else format.edge
