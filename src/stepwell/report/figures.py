@@ -116,7 +116,8 @@ def draw(panels: Sequence[Panel], *, label: str, width: float = 5.4, height: flo
         assert first is not None
         handles, names = first.get_legend_handles_labels()
         if handles:
-            canvas.legend(handles, names, loc="outside upper left", ncols=min(len(names), 3 * len(panels)))
+            columns = len(names) if len(names) <= 3 * len(panels) else (len(names) + 1) // 2
+            canvas.legend(handles, names, loc="outside upper left", ncols=columns)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _themed(buffer.getvalue(), label)

@@ -21,17 +21,25 @@ class Table:
         rows: one cell per column; numbers are right-aligned, floats shown with four significant digits, None as a dash.
         caption: what the table holds, one sentence or empty.
         strong: indices of rows to emphasise.
+        grouped: rule a line wherever the first cell changes.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     strong: Sequence[int] = ()
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"`rows` must have {len(self.columns)} cells each: row {index} has {len(row)}. Add or remove cells.")
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers, and nothing else but missing ones."""
+        columns = [[cell for cell in column if cell is not None] for column in zip(*self.rows, strict=True)] or [[] for _ in self.columns]
+        return [bool(column) and all(isinstance(cell, int | float) for cell in column) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,6 @@ def render(page: Page) -> str:
     here = files("stepwell.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = shown
-    environment.tests["numeric"] = lambda cell: isinstance(cell, int | float)
     template = environment.from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
     drawings = [[Markup(figure.svg) for figure in section.figures] for section in page.sections]
     theme = Markup(here.joinpath("theme.css").read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Recipes: functions without arguments that return one complete, frozen run configuration."""
