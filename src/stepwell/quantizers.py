@@ -44,6 +44,8 @@ class Quantizer:
     compute: Compute = None
 
     def __post_init__(self) -> None:
+        if self.format.low > 0:
+            raise ValueError(f"`format` must hold zero or both signs: got {self.format}, a grid for scales.")
         check_block(self.block, self.axis)
         scales.check_rule(self.format, self.rule, self.scale_dtype, self.scale_rounding, self.zero)
         if not isinstance(self.rule, str):

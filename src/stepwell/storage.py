@@ -79,7 +79,11 @@ def load(path: str | Path) -> Any:
         expected = {f"{name}.{part}" for name, entry in described.items() for part in _parts(entry.quantizer)}
         if stored != expected:
             raise ValueError(f"tensors {sorted(stored ^ expected)[:4]} are described but not there, or there but not described")
-        weights = {name: _weight(name, entry, file) for name, entry in described.items()}
+    weights = {}
+    with _open(path) as file:
+        for name, entry in described.items():
+            with _damage(path, f"weight {name!r}: "):
+                weights[name] = _weight(name, entry, file)
     return weights[SINGLE] if header["single"] else weights
 
 
@@ -119,12 +123,13 @@ class _Entry(NamedTuple):
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage(path: Path, where: str = "") -> Iterator[None]:
     """Turn whatever a damaged description leads to into one error."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError, OverflowError, SafetensorError) as error:
-        raise ValueError(f"`path`: {path} cannot be read: {error or type(error).__name__}. The file is damaged; save it again.") from error
+        what = str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"`path`: {path} cannot be read: {where}{what}. Save it again, or fetch it again.") from error
 
 
 def _open(path: Path) -> Any:
@@ -208,7 +213,10 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
     """Write aside, then rename."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
+        aside.touch(exist_ok=False)
+        mode = aside.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
         save_file(tensors, aside, metadata)
+        aside.chmod(mode)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
