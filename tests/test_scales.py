@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.cases import WEIGHT_FORMATS, gaussian, seeded
 
 from stepwell import scales
-from stepwell.formats import FP4_E2M1, FP8_E4M3, integer
+from stepwell.formats import E8M0, FP4_E2M1, FP8_E4M3, integer
 from stepwell.presets import intn
 from stepwell.quantizers import Quantizer
 
@@ -159,6 +159,7 @@ def test_the_mse_rule_finds_the_best_of_its_shrink_factors():
         ({"zero": "minimum", "format": integer(4, "affine"), "rule": "mse"}, "`zero='minimum'`.*mse"),
         ({"compute": "fp8"}, "`compute`.*'fp8'"),
         ({"block": 0}, "`block`.*0"),
+        ({"format": E8M0}, "`format`.*e8m0"),
     ],
 )
 def test_options_that_do_not_exist_or_do_not_go_together_are_refused_by_value(options, said):
