@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from stepwell import grids
 from stepwell.blocks import from_blocks, to_blocks
@@ -146,11 +147,12 @@ def penalty_force(weight: Tensor, curvature: Tensor, context: Rows) -> Tensor:
     tolerance = 4 * torch.finfo(units.dtype).eps * max(-format.low, format.high)
     if format.uniform:
         rest = units.clamp_(format.low, format.high) - ((units + format.shift).round_() - format.shift if format.shift else units.round())
-        slope = (rest / tolerance).clamp_(-1, 1).sub_(rest, alpha=2)
+        rest = hardshrink(rest, tolerance)  # on the grid to rounding error is on the grid: no force at all
+        slope = rest.sign().sub_(rest, alpha=2)
         variance = rest.abs_().addcmul_(rest, rest, value=-1)
     else:
         lower, units, upper, _ = grids.bracket(units, format)
-        free = (torch.minimum(units - lower, upper - units) / tolerance).clamp_(0, 1)
+        free = torch.minimum(units - lower, upper - units) > tolerance
         slope, variance = (lower + upper - 2 * units) * free, (units - lower) * (upper - units) * free
     pull = curvature * (fit.scale * (context.factor / 2))
     if not context.through_scale or quantizer.rule != "absmax" or quantizer.scale_dtype in ("e8m0", "e4m3"):
@@ -168,12 +170,10 @@ def _to_edge(force: Tensor, units: Tensor, quantizer: Quantizer, total: Tensor) 
     """Add the derivative through each block's scale to the weight that sits on the edge of the grid, where float32 scales put the largest.
 
     Four elementwise passes instead of one argmax, which costs three times as much; weights that tie to rounding error share equally, as in
-    autograd. Overwrites `units`.
+    autograd.
     """
-    edge = quantizer.format.edge
-    mark = units.mul_(1 / (edge * (1 - 8 * torch.finfo(units.dtype).eps))).trunc_()
-    share = total / mark.square().sum(1, keepdim=True).clamp_(min=1).mul_(edge)  # an all-zero block has nobody on the edge
-    return force.addcmul_(mark, share)
+    mark = hardshrink(units, quantizer.format.edge * (1 - 8 * torch.finfo(units.dtype).eps))
+    return force.addcmul_(mark, total / (mark * mark).sum(1, keepdim=True).clamp_(min=0.5))  # a block of zeros has nobody on the edge
 
 
 def _to_extremes(force: Tensor, weight: Tensor, quantizer: Quantizer, total: Tensor, drift: Tensor | None) -> Tensor:
