@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
 from stepwell.methods.lotion import check_terms
-from stepwell.quantizers import Encoded
+from stepwell.quantizers import Encoded, check_weight
 from stepwell.run import state
 from stepwell.run.check import managed_of, optimizers_of
-from stepwell.run.managed import Managed, whole_tensor
+from stepwell.run.managed import Managed
+from stepwell.run.moments import reads_moments
 from stepwell.run.step import Hooks, Stepper
 
 LossTerms = float | Callable[[int], float] | None
@@ -42,12 +43,13 @@ class Run:
         """Register the hooks; `attach` has checked everything."""
         self.loss_terms: LossTerms = None
         self._managed, self._optimizers = managed, optimizers
+        self._frozen = [one for one in managed if one.optimizer is None]
         self._stepper = Stepper(managed, start=start, seed=seed, refit=refit, compiled=compiled)
         self._watch: dict[str, Watch] = {}
         self._warned = False
         self._shown: str | None = None
         self._incoming: dict[Optimizer, dict[Managed, dict[str, Any]]] = {}
-        self._stepper.begin_run()
+        self._stepper.begin_due()
         self._handles = [handle for optimizer in optimizers for handle in self._hooks(optimizer)]
 
     def __repr__(self) -> str:
@@ -71,10 +73,12 @@ class Run:
     def deployed(self) -> Iterator[None]:
         """Hold grid weights in the model while the block runs, whatever the method; evaluate inside."""
         with self._showing("deployed"):
-            saved = [(one, one.weight.clone()) for one in self._managed if not self._stepper.on_grid(one)]
-            for one, _ in saved:
-                one.weight.copy_(self._encode(one, whole=False).decode())
+            others = [one for one in self._managed if one.latent is None or not one.method.deploys_nearest]
+            saved = [(one, one.weight.clone()) for one in others]
             try:
+                for one in others:
+                    one.weight.copy_(one.rounded())
+                torch.clear_autocast_cache()
                 yield
             finally:
                 for one, weight in saved:
@@ -84,14 +88,18 @@ class Run:
     def latent(self) -> Iterator[None]:
         """Hold the latent weights in the model while the block runs; what is written to them there is kept."""
         with self._showing("latent"):
-            held = [one for one in self._managed if one.latent is not None]
-            for one in held:
-                one.weight.copy_(one.latent)  # type: ignore[arg-type]
+            held = [(one, one.latent) for one in self._managed if one.latent is not None]
             try:
+                for one, latent in held:
+                    one.weight.copy_(latent)
+                torch.clear_autocast_cache()
                 yield
             finally:
-                for one in held:
-                    self._stepper.adopt(one)
+                for one, latent in held:
+                    if torch.equal(one.weight, latent):
+                        self._stepper.show(one)
+                    else:
+                        self._stepper.adopt(one)
 
     def finalize(self) -> dict[str, Encoded]:
         """Leave the weights on the grid, remove every hook, and return what is stored and shipped.
@@ -99,10 +107,14 @@ class Run:
         Returns:
             Parameter name -> `Encoded`, in the model's order; each parameter equals its `decode()`, cast to the parameter's dtype.
         """
-        self._settle()
-        encoded = {one.name: self._encode(one) for one in self._managed}
+        self._end("finalize")
+        encoded = {}
         for one in self._managed:
-            one.weight.copy_(self._encode(one, whole=False).decode())
+            if one.source.numel():  # not an empty shard
+                check_weight(one.source, one.name)
+            encoded[one.name] = one.encode()
+        for one in self._managed:
+            one.weight.copy_(one.rounded())
         self._remove()
         return encoded
 
@@ -110,7 +122,7 @@ class Run:
         """Remove every hook and leave the latent weights in the model, or what the forward pass saw."""
         if keep not in ("latent", "deployed"):
             raise ValueError(f"`keep` must be 'latent' or 'deployed': got {keep!r}.")
-        self._settle()
+        self._end("detach")
         for one in self._managed:
             if keep == "latent" and one.latent is not None:
                 one.weight.copy_(one.latent)
@@ -124,24 +136,13 @@ class Run:
         self._settle()
         rows = {}
         for one in self._managed:
-            weight = one.latent if one.latent is not None else one.weight
-            assert weight is not None
-            blocks = one.blocks(weight)
             watch = self._watch.setdefault(one.name, Watch())
-            rows[one.name] = watch.look(blocks, one.grid, one.held_fit(blocks))
+            rows[one.name] = watch.look(one.blocks(one.source), one.grid, one.held_fit(one.source))
         return Health(rows)
-
-    def _encode(self, one: Managed, *, whole: bool = True) -> Encoded:
-        """Encode one parameter, over all its shards where `whole`."""
-        source = one.latent if one.latent is not None else one.weight
-        assert source is not None
-        if whole and hasattr(one.parameter, "full_tensor"):
-            source = whole_tensor(one.parameter, source)
-        return one.quantizer.encode(source, scale=None if one.fit is None else one.fit.scale)
 
     def _hooks(self, optimizer: Optimizer) -> list[Any]:
         """Register the five hooks on one optimizer."""
-        asked = Hooks(self._adopt_writes, self._terms)
+        asked = Hooks(self._check_in, self._terms)
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if self._shown is not None:
@@ -158,6 +159,8 @@ class Run:
             return state.add(optimizer, state_dict, self._managed, self._stepper.steps.get(optimizer, 0))
 
         def incoming(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            if self._shown is not None:
+                raise RuntimeError(f"optimizer.load_state_dict() inside `run.{self._shown}()`: leave the block first.")
             plain, self._incoming[optimizer] = state.split(optimizer, state_dict, self._managed)
             return plain
 
@@ -175,23 +178,31 @@ class Run:
     def _restore(self, optimizer: Optimizer, entries: dict[Managed, dict[str, Any]]) -> None:
         """Take back what a loaded state dictionary held for one optimizer."""
         step = state.loaded_step(entries)
+        self._stepper.repair()
+        for one, latent in state.frozen_latents(entries, self._managed):
+            one.weight.copy_(latent)
+            self._stepper.begin(one)
         if step is not None:
             self._stepper.jump(optimizer, step)
-        mine = [one for one in self._managed if one.optimizer is optimizer]
-        missing = [one.name for one in mine if one.latent is not None and state.LATENT not in entries.get(one, {})]
+        missing = []
+        for one in self._managed:
+            if one.optimizer is not optimizer:
+                continue
+            state.restore(one, entries.get(one, {}))
+            if one.latent is None:
+                continue
+            one.follow()
+            if state.LATENT not in entries.get(one, {}):
+                missing.append(one.name)
+                if not one.untouched and not self._stepper.shows(one):
+                    self._stepper.adopt(one)
+            self._stepper.show(one)
         if missing:
             state.warn_missing(missing)
-        for one in mine:
-            state.restore(one, entries.get(one, {}))
-            if one.latent is not None:
-                if one.name in missing:
-                    self._stepper.adopt(one)
-                else:
-                    self._stepper.show(one)
 
     def _terms(self, one: Managed, step: int) -> float:
         """Return the loss terms of this step for one parameter."""
-        if one.method.push is None or one.method.curvature is not None:
+        if not reads_moments(one.method):
             return 1.0
         given = one.method.loss_terms if self.loss_terms is None else self.loss_terms
         if given is None:
@@ -205,20 +216,32 @@ class Run:
 
     def _adopt_writes(self) -> None:
         """Make values that somebody else wrote into a parameter its new latent weights."""
-        written = [one for one in self._managed if one.latent is not None and not one.untouched]
-        changed = [one for one in written if not self._stepper.shows(one)]
-        for one in written:
-            if one in changed:
-                self._stepper.adopt(one)
-            else:
+        changed = []
+        for one in self._managed:
+            if one.latent is None or one.untouched:
+                continue
+            one.follow()
+            if self._stepper.shows(one):
                 one.note()
+                continue
+            self._stepper.adopt(one)
+            changed.append(one.name)
         if changed and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{len(changed)} parameters such as {changed[0].name!r} were written to from outside the run (load_state_dict, a weight "
+                f"{len(changed)} parameters such as {changed[0]!r} were written to from outside the run (load_state_dict, a weight "
                 "average): the new values become the latent weights. To resume a run, load `optimizer.state_dict()` after them.",
                 stacklevel=6,
             )
+
+    def _thawed(self) -> None:
+        """Refuse parameters that began to train after `attach`: no optimizer of the run steps their latent weights."""
+        for one in self._frozen:
+            if one.parameter.requires_grad and one.parameter.grad is not None:
+                raise RuntimeError(
+                    f"{one.name!r} was frozen and in no optimizer when the run began, and has a gradient now. "
+                    "End the run with `detach()`, add it to the optimizer, and attach again."
+                )
 
     def _settle(self) -> None:
         """Repair what an exception left and adopt outside writes; every public call starts here."""
@@ -227,6 +250,16 @@ class Run:
         self._stepper.repair()
         if self._shown is None:
             self._adopt_writes()
+
+    def _check_in(self) -> None:
+        """Look at the parameters before a step."""
+        self._thawed()
+        self._adopt_writes()
+
+    def _end(self, what: str) -> None:
+        self._settle()
+        if self._shown is not None:
+            raise RuntimeError(f"`run.{what}()` inside `run.{self._shown}()`: leave the block first.")
 
     @contextmanager
     def _showing(self, what: str) -> Iterator[None]:

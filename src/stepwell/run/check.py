@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Adam, Optimizer, RAdam
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stepwell.blocks import block_length
 from stepwell.methods.base import Method
 from stepwell.quantizers import check_weight
 from stepwell.run.managed import Managed, local, located, shard_offset
+from stepwell.run.moments import EXACT, exact, reads_moments
 from stepwell.selection import Row, select
-
-EXACT = (Adam, RAdam)  # AdamW is an Adam; their first moment takes the push exactly
 
 
 def optimizers_of(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -31,6 +30,8 @@ def optimizers_of(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
             )
     if not found:
         raise ValueError("`optimizer` must hold at least one optimizer: got an empty list.")
+    if len(set(map(id, found))) < len(found):
+        raise ValueError(f"`optimizer` lists one {type(found[0]).__name__} twice. Give every optimizer once.")
     return found
 
 
@@ -52,8 +53,12 @@ def managed_of(
     selection = select(model, method, skip=skip)
     if not selection.chosen:
         raise ValueError(f"nothing is selected, so there is nothing to quantize:\n{selection}")
-    holders = {id(parameter): optimizer for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-    found = [_managed(row, holders.get(id(row.parameter))) for row in selection.chosen]
+    holders: dict[int, list[Optimizer]] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                holders.setdefault(id(parameter), []).append(optimizer)
+    found = [_managed(row, holders.get(id(row.parameter), [])) for row in selection.chosen]
     narrow = [one.name for one in found if one.parameter.dtype in (torch.bfloat16, torch.float16) and one.parameter.requires_grad]
     if narrow:
         warnings.warn(
@@ -64,9 +69,10 @@ def managed_of(
     return found
 
 
-def _managed(row: Row[Method], optimizer: Optimizer | None) -> Managed:
+def _managed(row: Row[Method], holders: Sequence[Optimizer]) -> Managed:
     """Check one parameter."""
     name, parameter, method = row.name, row.parameter, row.choice
+    optimizer = holders[0] if holders else None
     assert method is not None
     if parameter.is_meta:
         raise ValueError(f"{name!r} is on the meta device and has no values yet. Materialize and load the model before `attach`.")
@@ -82,9 +88,28 @@ def _managed(row: Row[Method], optimizer: Optimizer | None) -> Managed:
             f"{name!r} is selected and trained, but no given optimizer holds it. "
             f"Give every optimizer in a list, or leave it out with `skip=[{name!r}]`."
         )
-    if optimizer is not None and (method.push or method.prox) and method.curved and method.curvature is None:
+    if len(holders) > 1:
+        raise ValueError(f"{name!r} is held by {len(holders)} optimizers: each would undo the other's step. Leave it in one of them.")
+    if isinstance(method.curvature, Mapping):
+        _check_curvature(name, method.curvature, parameter)
+    if optimizer is not None and reads_moments(method):
         _check_moments(name, method, optimizer, parameter)
     return Managed(name, parameter, method, quantizer, optimizer, offset=shard_offset(parameter, quantizer, name))
+
+
+def _check_curvature(name: str, curvature: Mapping[str, Tensor], parameter: nn.Parameter) -> None:
+    """Refuse curvature that is missing, of another shape, negative or not finite."""
+    if name not in curvature:
+        raise ValueError(f"`curvature` holds nothing for {name!r}. Add it, or leave the parameter out with `skip=[{name!r}]`.")
+    given = curvature[name]
+    if not isinstance(given, Tensor) or given.shape != parameter.shape:
+        came = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"`curvature` of {name!r} must be a tensor of shape {tuple(parameter.shape)}: got {came}.")
+    wrong = local(given.detach())[~((local(given.detach()) >= 0) & local(given.detach()).isfinite())]
+    if wrong.numel():
+        raise ValueError(
+            f"`curvature` of {name!r} must be finite and not negative: got {wrong[0].item()}. Use a Fisher or Gauss-Newton diagonal."
+        )
 
 
 def _check_moments(name: str, method: Method, optimizer: Optimizer, parameter: nn.Parameter) -> None:
@@ -96,7 +121,7 @@ def _check_moments(name: str, method: Method, optimizer: Optimizer, parameter: n
             "Use Adam, AdamW or RAdam, or give `curvature=`, a function from parameter name to a tensor."
         )
     group: Any = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
-    if method.push is not None and float(group["betas"][0]) == 0.0:
+    if method.push is not None and not exact(optimizer, group):
         raise ValueError(
             f"{name!r}: {method.name} feeds its penalty through the first moment, which {kind} with betas={tuple(group['betas'])} does not "
             "keep. Use beta1 > 0, or give `curvature=`."

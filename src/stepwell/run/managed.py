@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stepwell.blocks import from_blocks, to_blocks
+from stepwell import grids, scales
+from stepwell.blocks import block_length, from_blocks, scale_shape, to_blocks
 from stepwell.methods.base import Method
-from stepwell.quantizers import Quantizer
+from stepwell.quantizers import Encoded, Quantizer
 from stepwell.scales import Fit
+
+SCALE = "scale"  # name of a method's own tensor that is the scale of every block
 
 
 @dataclass(eq=False)
@@ -25,12 +28,12 @@ class Managed:
         quantizer: the grid, with the parameter's contraction dimension.
         optimizer: who steps it; None for a frozen parameter that no optimizer holds.
         offset: index of the local shard's first element within the whole parameter.
+        begun: whether the method is on for it.
         latent: local latent weight, where the method deploys something else.
         tensors: the method's own tensors, one row per block.
         fit: scales that the Run holds instead of refitting them, where the rule is a search.
         seen: version and address of the parameter's memory after our last write.
         grid: the quantizer of `(blocks, block)` rows.
-        place: index of the optimizer's parameter group.
     """
 
     name: str
@@ -39,32 +42,44 @@ class Managed:
     quantizer: Quantizer
     optimizer: Optimizer | None
     offset: int = 0
+    begun: bool = False
     latent: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     fit: Fit | None = None
     seen: tuple[int, int] = (-1, -1)
+    place: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.grid = self.quantizer.local()
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        # the place, not the group: load_state_dict puts new dictionaries into the old places
-        self.place = next((k for k, group in enumerate(groups) if any(held is self.parameter for held in group["params"])), -1)
 
     @property
     def group(self) -> Mapping[str, Any]:
         """The optimizer's parameter group that holds this parameter; empty where no optimizer does."""
-        if self.optimizer is None:
-            return {}
-        group: Mapping[str, Any] = self.optimizer.param_groups[self.place]
-        return group
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        group, index = self.place  # looking it up costs parameters squared per step; loading a state replaces the groups, not the places
+        if group < len(groups) and index < len(groups[group]["params"]) and groups[group]["params"][index] is self.parameter:
+            return groups[group]
+        for group, held in enumerate(groups):
+            for index, parameter in enumerate(held["params"]):
+                if parameter is self.parameter:
+                    self.place = (group, index)
+                    return held
+        return {}
 
     @property
     def weight(self) -> Tensor:
         """The local part of the parameter."""
         return local(self.parameter.detach())
 
+    @property
+    def source(self) -> Tensor:
+        """The local weight that the method trains: the latent one, where there is one."""
+        return self.weight if self.latent is None else self.latent
+
     def blocks(self, tensor: Tensor) -> Tensor:
         """Return a local tensor of the parameter's shape as `(blocks, block)`; a view where its memory allows."""
+        if not tensor.numel():  # an empty shard
+            return tensor.reshape(0, block_length(tuple(self.parameter.shape), self.quantizer.block, self.quantizer.axis))
         return to_blocks(tensor, self.quantizer.block, self.quantizer.axis)
 
     def put_back(self, tensor: Tensor, blocks: Tensor) -> None:
@@ -72,17 +87,53 @@ class Managed:
         if blocks.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             tensor.copy_(from_blocks(blocks, tuple(tensor.shape), self.quantizer.block, self.quantizer.axis))
 
-    def held_fit(self, blocks: Tensor) -> Fit | None:
-        """Return scales that rows cannot fit alone: those the Run holds, and those with one scale per tensor behind them."""
+    def held_fit(self, tensor: Tensor) -> Fit | None:
+        """Return scales that rows cannot fit alone: those that are searched or learned, and those with one scale per tensor behind them.
+
+        `tensor` is a local weight.
+        """
+        if SCALE in self.tensors:
+            return Fit(scales.store(self.tensors[SCALE], self.grid.scale_dtype, self.grid.scale_rounding))
         if self.fit is not None or self.quantizer.scale_dtype != "e4m3":
             return self.fit
-        return self.grid.fit(blocks, tensor_scale=self.grid.tensor_scale(blocks))
+        return self.grid.fit(wide(self.blocks(tensor)))
 
-    def refit(self) -> None:
-        """Search the scales again, where the rule is a search."""
+    def refit(self, tensor: Tensor) -> None:
+        """Search the scales again for a local weight, where the rule is a search."""
         if self.quantizer.rule == "mse":
-            source = wide(self.blocks(self.weight if self.latent is None else self.latent))
-            self.fit = self.grid.fit(source, tensor_scale=self.grid.tensor_scale(source))
+            self.fit = self.grid.fit(wide(self.blocks(tensor)))
+
+    def rounded(self) -> Tensor:
+        """Return the local weight on its grid: what `encode` decodes to."""
+        blocks, fit = wide(self.blocks(self.source)), self.held_fit(self.source)
+        on_grid = self.grid.snap(blocks, self.grid.fit(blocks) if fit is None else fit)
+        return from_blocks(on_grid, tuple(self.source.shape), self.quantizer.block, self.quantizer.axis)
+
+    def encode(self) -> Encoded:
+        """Return the whole parameter's codes and scales, gathered from all shards."""
+        shape, whole = tuple(self.parameter.shape), whole_tensor(like(self.parameter, self.source))
+        if self.fit is None and SCALE not in self.tensors:
+            return self.quantizer.encode(whole)
+        held = self.held_fit(self.source)
+        assert held is not None
+        fit = Fit(*(None if part is None else whole_tensor(rows_like(self, part)).reshape(-1, 1) for part in held))  # type: ignore[arg-type]
+        grouped = scale_shape(shape, self.quantizer.block, self.quantizer.axis)
+        encoded = self.quantizer.encode(whole, scale=fit.scale.reshape(grouped))
+        if fit.zero is None:
+            return encoded
+        values = grids.round_nearest(fit.to_units(wide(self.blocks(whole))), self.quantizer.format)  # zero points held with the scales
+        codes = from_blocks(grids.to_codes(values, self.quantizer.format), shape, self.quantizer.block, self.quantizer.axis)
+        return encoded._replace(codes=codes.contiguous(), zero_points=fit.zero.reshape(grouped))
+
+    def follow(self) -> None:
+        """Take the latent weight and all scales along to where the parameter was moved, in its dtype."""
+        weight = self.weight
+        if self.latent is None or (self.latent.device == weight.device and self.latent.dtype == weight.dtype):
+            return
+        self.latent = self.latent.to(weight)
+        self.tensors = {key: tensor.to(weight.device) for key, tensor in self.tensors.items()}
+        if self.fit is not None:
+            self.fit = Fit(*(None if part is None else part.to(weight.device) for part in self.fit))  # type: ignore[arg-type]
 
     def note(self) -> None:
         """Remember the parameter's memory as ours."""
@@ -112,10 +163,27 @@ def like(parameter: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def whole_tensor(parameter: Tensor, part: Tensor) -> Tensor:
-    """Gather the whole tensor of which every rank holds a part, placed like a parameter."""
-    gathered: Any = like(parameter, part)
-    whole: Tensor = gathered.full_tensor()
+def rows_like(one: Managed, part: Tensor) -> Tensor:
+    """Return a tensor with one row per local block as `(rows, blocks per row, ..)`, placed like a sharded parameter; else as it is.
+
+    Whole rows of the parameter lie on one rank, blocks need not split evenly: 3 rows of 5 blocks on two ranks are 10 and 5 blocks.
+    """
+    whole: Any = one.parameter
+    if not hasattr(whole, "to_local") or not any(placement.is_shard() for placement in whole.placements):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    blocks = scale_shape(tuple(whole.shape), one.quantizer.block, one.quantizer.axis)
+    shape = (whole.shape[0], blocks[0] * blocks[1] // whole.shape[0], *part.shape[1:])
+    rows = part.reshape(one.weight.shape[0], *shape[1:])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, whole.device_mesh, whole.placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def whole_tensor(placed: Tensor) -> Tensor:
+    """Return the whole of a tensor, gathered where every rank holds a part."""
+    gathered: Any = placed
+    whole: Tensor = gathered.full_tensor() if hasattr(placed, "full_tensor") else placed
     return whole
 
 

@@ -7,6 +7,7 @@ functions to `torch.compile`, whole.
 
 import shutil
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -78,15 +79,21 @@ def whole(compiled: dict[Any, Pass]) -> Callable[..., None]:
     """Return the runner that compiles each pass once per method; `compiled` keeps them."""
 
     def run(work: Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
-        key = (work, managed.method)
+        key = (work, id(managed.method))  # a method may hold a mapping, which cannot be hashed; the Run keeps the method alive
         if key not in compiled:
-            compiled[key] = torch.compile(work, dynamic=True)
+            compiled[key] = torch.compile(_own_copy(work), dynamic=True)
         blocks = [managed.blocks(tensor) for tensor in tensors]
         compiled[key](managed.method, context, *blocks, *scalars)
         for tensor, block in zip(tensors, blocks, strict=True):
             managed.put_back(tensor, block)
 
     return run
+
+
+def _own_copy(work: Pass) -> Pass:
+    """Return a pass with a code object of its own: torch counts recompilations, and gives up, per code object."""
+    assert isinstance(work, FunctionType)
+    return FunctionType(work.__code__.replace(), work.__globals__, work.__name__)
 
 
 def compile_pays(elements: int, device: torch.device) -> bool:

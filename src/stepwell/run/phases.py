@@ -27,15 +27,12 @@ class Phase:
         self._frame = frame
         return True
 
-    def closes(self, frame: FrameType) -> bool:
-        """Say whether the step running in this frame is the outermost one, and if so close it."""
-        if self._frame is not frame:
-            return False
-        self._frame = None
-        return True
+    def outermost(self, frame: FrameType) -> bool:
+        """Say whether the step running in this frame is the one that opened."""
+        return self._frame is frame
 
-    def forget(self) -> None:
-        """Close a step that an exception left."""
+    def close(self) -> None:
+        """End the step."""
         self._frame = None
 
     def _running(self) -> bool:

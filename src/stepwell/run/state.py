@@ -1,7 +1,8 @@
 """State: what a Run adds to `optimizer.state_dict()` and takes back, so that this dictionary alone resumes a run.
 
 The entries never live in `optimizer.state`: Adam creates its moments only for empty entries, and torch casts what it finds there to the
-parameter's dtype. They are added to the dictionary on the way out and removed on the way in.
+parameter's dtype. They are added to the dictionary on the way out and removed on the way in. Latent weights of frozen parameters that no
+optimizer holds travel with the run's first parameter.
 """
 
 import warnings
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stepwell.run.managed import Managed, like, local
+from stepwell.run.managed import Managed, like, local, rows_like
 from stepwell.scales import Fit
 
-LATENT, STEP, FIT, OWN = "latent", "method_step", "method_fit_", "method_tensor_"
+LATENT, STEP, FIT, OWN, FROZEN = "latent", "method_step", "method_fit_", "method_tensor_", "method_frozen_"
 
 
 def indices(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Managed]) -> Iterator[tuple[int, Managed]]:
@@ -35,10 +36,12 @@ def add(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Mana
         entry[STEP] = torch.tensor(float(step))
         if one.latent is not None:
             entry[LATENT] = like(one.parameter, one.latent)
-        for key, part in (one.fit._asdict() if one.fit is not None else {}).items():
-            if part is not None:
-                entry[FIT + key] = part
-        entry.update({OWN + key: tensor for key, tensor in one.tensors.items()})
+        held = {} if one.fit is None else one.fit._asdict()
+        entry.update({FIT + key: rows_like(one, part) for key, part in held.items() if part is not None})
+        entry.update({OWN + key: rows_like(one, tensor) for key, tensor in one.tensors.items()})
+        if one is _carrier(managed):
+            frozen = {FROZEN + other.name: other for other in managed if other.optimizer is None}
+            entry.update({key: like(other.parameter, other.latent) for key, other in frozen.items() if other.latent is not None})
         state[index] = entry
     return {**state_dict, "state": state}
 
@@ -55,12 +58,13 @@ def split(
     state = {}
     owners = dict(indices(optimizer, state_dict, managed)) if _fits(optimizer, state_dict) else {}
     for index, entry in state_dict["state"].items():
-        mine = {key: value for key, value in entry.items() if key in (LATENT, STEP) or key.startswith((FIT, OWN))}
+        mine = {key: value for key, value in entry.items() if key in (LATENT, STEP) or key.startswith((FIT, OWN, FROZEN))}
         rest = {key: value for key, value in entry.items() if key not in mine}
         if rest:
             state[index] = rest
         if mine and index in owners:
             _check(owners[index], mine)
+            _check_rows(owners[index], mine)
             ours[owners[index]] = mine
     return {**state_dict, "state": state}, ours
 
@@ -69,12 +73,20 @@ def restore(one: Managed, entry: dict[str, Any]) -> None:
     """Put loaded entries into a record."""
     if one.latent is not None and LATENT in entry:
         one.latent.copy_(local(entry[LATENT]))
-    parts = {key.removeprefix(FIT): value.to(one.weight.device) for key, value in entry.items() if key.startswith(FIT)}
-    if parts:
-        one.fit = Fit(**parts)
+    held = {key.removeprefix(FIT): value for key, value in entry.items() if key.startswith(FIT)}
+    if held:
+        one.fit = Fit(**{key: local(value).reshape(-1, 1).to(one.weight.device) for key, value in held.items()})
     for key, tensor in one.tensors.items():
         if OWN + key in entry:
-            tensor.copy_(entry[OWN + key])
+            tensor.copy_(local(entry[OWN + key]).reshape(tensor.shape))
+
+
+def frozen_latents(entries: dict[Managed, dict[str, Any]], managed: Sequence[Managed]) -> Iterator[tuple[Managed, Tensor]]:
+    """Yield (record, local latent weight) for frozen parameters that no optimizer holds."""
+    carried = {key: value for entry in entries.values() for key, value in entry.items() if key.startswith(FROZEN)}
+    for one in managed:
+        if one.optimizer is None and FROZEN + one.name in carried:
+            yield one, local(carried[FROZEN + one.name])
 
 
 def loaded_step(entries: dict[Managed, dict[str, Any]]) -> int | None:
@@ -86,10 +98,15 @@ def loaded_step(entries: dict[Managed, dict[str, Any]]) -> int | None:
 def warn_missing(names: Sequence[str]) -> None:
     """Say that a state dictionary held no latent weights for parameters that have them."""
     warnings.warn(
-        f"the optimizer state holds no latent weights for {len(names)} parameters such as {names[0]!r}: their current values become the "
-        "latent weights. If this resumes a run, it was saved without its `optimizer.state_dict()`.",
+        f"the optimizer state holds no latent weights for {len(names)} parameters such as {names[0]!r}: they go on from what the model "
+        "holds. If this resumes a run, its `optimizer.state_dict()` was not saved with it, or was flattened.",
         stacklevel=4,
     )
+
+
+def _carrier(managed: Sequence[Managed]) -> Managed | None:
+    """Return the record whose entry carries the frozen latent weights."""
+    return next((one for one in managed if one.optimizer is not None), None)
 
 
 def _fits(optimizer: Optimizer, state_dict: dict[str, Any]) -> bool:
@@ -100,12 +117,25 @@ def _fits(optimizer: Optimizer, state_dict: dict[str, Any]) -> bool:
 
 def _check(one: Managed, entry: dict[str, Any]) -> None:
     latent = entry.get(LATENT)
-    if latent is None or one.latent is None:
+    if latent is None:
         return
     if tuple(latent.shape) != tuple(one.parameter.shape):
-        raise ValueError(f"latent weight of {one.name!r} has shape {tuple(latent.shape)}: expected {tuple(one.parameter.shape)}.")
-    if isinstance(latent, Tensor) and torch.finfo(latent.dtype).bits < torch.finfo(one.latent.dtype).bits:
         raise ValueError(
-            f"latent weight of {one.name!r} was narrowed to {latent.dtype}, the parameter is {one.latent.dtype}: the run cannot resume "
+            f"latent weight of {one.name!r} has shape {tuple(latent.shape)}: expected {tuple(one.parameter.shape)}. "
+            "Load the state of a run on this model."
+        )
+    if torch.finfo(latent.dtype).bits < torch.finfo(one.parameter.dtype).bits:
+        raise ValueError(
+            f"latent weight of {one.name!r} was narrowed to {latent.dtype}, the parameter is {one.parameter.dtype}: the run cannot resume "
             "where it stopped. Save `optimizer.state_dict()` without casting it."
         )
+
+
+def _check_rows(one: Managed, entry: dict[str, Any]) -> None:
+    blocks = one.blocks(one.weight).shape[0]
+    for key, value in entry.items():
+        if key.startswith((FIT, OWN)) and local(value).numel() % max(blocks, 1):
+            raise ValueError(
+                f"{key!r} of {one.name!r} has shape {tuple(value.shape)}, the parameter has {blocks} blocks of {one.quantizer}. "
+                "Attach the method that the state was saved under."
+            )

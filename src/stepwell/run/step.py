@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from stepwell import randomness
 from stepwell.methods.base import Context
-from stepwell.run import passes
-from stepwell.run.check import EXACT
-from stepwell.run.managed import Managed, local
+from stepwell.run import moments, passes
+from stepwell.run.managed import Managed, local, wide
 from stepwell.run.phases import Phase
 
 Terms = Callable[[Managed, int], float]
@@ -27,6 +26,14 @@ class Hooks(NamedTuple):
     terms: Terms
 
 
+class Opened(NamedTuple):
+    """One parameter inside a step: the optimizer's step count at a push (None without one), and the loss terms."""
+
+    one: Managed
+    pushed: Tensor | None
+    terms: float
+
+
 class Stepper:
     """Moves managed parameters between their two faces: latent while the optimizer steps, deployed in between."""
 
@@ -36,40 +43,69 @@ class Stepper:
         optimizers = dict.fromkeys(one.optimizer for one in managed if one.optimizer is not None)
         self.steps: dict[Optimizer, int] = dict.fromkeys(optimizers, 0)
         self._phases = {optimizer: Phase() for optimizer in optimizers}
-        self._active: dict[Optimizer, list[tuple[Managed, float | None, float]]] = {}
+        self._active: dict[Optimizer, list[Opened]] = {}
         device = managed[0].weight.device
         self.compiled = passes.compile_pays(sum(one.weight.numel() for one in managed), device) if compiled is None else compiled
         self._insist = compiled is True
         self._whole = passes.whole({})
 
-    def begin_run(self) -> None:
-        """Create the methods' tensors and, if the method starts now, show the first deployed weights."""
+    # Between steps.
+
+    @torch.no_grad()
+    def begin_due(self) -> None:
+        """Begin the method for every parameter whose start has come; a frozen one begins with the first of the others."""
         for one in self._managed:
-            if one.method.init is not None:
-                one.tensors = one.method.init(one.blocks(one.weight), one.grid)
-            one.refit()
-            if not self._start:
+            steps = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
+            if not one.begun and steps >= self._start:
                 self.begin(one)
 
+    @torch.no_grad()
     def begin(self, one: Managed) -> None:
-        """Take the parameter's value as its latent weight and deploy it."""
+        """Take the parameter's value as the weight to train, find its scales and deploy it."""
+        one.begun = True
+        if one.method.init is not None:
+            one.tensors = one.method.init(wide_blocks(one), one.grid)
+        one.refit(one.weight)
         if one.method.deploy is not None:
             one.latent = one.weight.clone(memory_format=torch.preserve_format)
             self.show(one)
 
-    def started(self, one: Managed) -> bool:
-        """Whether the method has begun for this parameter; a frozen one begins with the others."""
-        steps = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
-        return steps >= self._start
-
     def jump(self, optimizer: Optimizer, step: int) -> None:
         """Go to a step count that was loaded; methods that start later are not on yet, others are."""
         self.steps[optimizer] = step
-        for one in self._managed:
-            if one.optimizer is optimizer and not self.started(one):
-                one.latent = None
-            elif one.latent is None and self.started(one):
-                self.begin(one)
+        if step < self._start:
+            for one in self._managed:
+                if one.optimizer is optimizer:
+                    one.begun, one.latent, one.fit, one.tensors = False, None, None, {}
+        self.begin_due()
+
+    @torch.no_grad()
+    def show(self, one: Managed) -> None:
+        """Write what the forward pass shall see into the parameter."""
+        self._show_into(one, one.weight)
+        one.note()
+
+    @torch.no_grad()
+    def shows(self, one: Managed) -> bool:
+        """Whether the parameter's value is what its latent weight deploys to."""
+        expected = torch.empty_like(one.weight)
+        self._show_into(one, expected)
+        return torch.equal(expected, one.weight)
+
+    @torch.no_grad()
+    def adopt(self, one: Managed) -> None:
+        """Make the parameter's value its latent weight."""
+        one.latent = one.weight.clone(memory_format=torch.preserve_format)
+        one.refit(one.weight)
+        self.show(one)
+
+    @property
+    def penalty(self) -> str:
+        """How the methods' penalties reach the weights."""
+        exact = {moments.exact(one.optimizer, one.group) for one in self._managed if one.method.push is not None}
+        if len(exact) == 2:
+            return "in the first moment where there is one"
+        return "in the first moment" if True in exact else "after the step"
 
     # One step.
 
@@ -86,15 +122,13 @@ class Stepper:
             return None
         try:
             hooks.settle()
-            if _reads_state(optimizer) or _overflowed(optimizer):
-                return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
             if closure is None:
-                self._open(optimizer, hooks.terms)
+                if not _creates_state(optimizer) and not _overflowed(optimizer):
+                    self._open(optimizer, hooks.terms)
                 return None
         except BaseException:
-            self._phases[optimizer].forget()
-            self._active.pop(optimizer, None)
+            self._undo(optimizer)
             raise
         shown = self._shown(optimizer, closure, hooks.terms)
         return ((args[0], shown, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": shown})
@@ -102,174 +136,121 @@ class Stepper:
     @torch.no_grad()
     def after(self, optimizer: Optimizer, frame: FrameType) -> None:
         """Close a step: take the optimizer's result as the latent weight and deploy it."""
-        if optimizer not in self._phases or not self._phases[optimizer].closes(frame):
+        if optimizer not in self._phases or not self._phases[optimizer].outermost(frame):
             return
-        active = self._active.pop(optimizer, None)
-        if active is None:  # a skipped step, or one that only created optimizer state
-            return
-        self.steps[optimizer] += 1
-        for one, _, terms in active:
-            context = self._context(one, terms)
-            self._finish(one, context)
-            one.note()
-        if self.steps[optimizer] == self._start:
-            for one in self._managed:
-                if one.latent is None and self.started(one):
-                    self.begin(one)
-        torch.clear_autocast_cache()
+        if optimizer in self._active:  # else a skipped step, or one that only created optimizer state
+            self.steps[optimizer] += 1
+            for one, _, terms in self._active[optimizer]:
+                self._finish(one, terms)
+                one.note()
+            del self._active[optimizer]
+            self.begin_due()
+            torch.clear_autocast_cache()
+        self._phases[optimizer].close()  # last: an exception above leaves the step to be repaired
 
-    @torch.no_grad()
     def repair(self) -> None:
         """Undo what a step that ended in an exception left behind: managed parameters go back to before it."""
         for optimizer, phase in self._phases.items():
-            if not phase.stale:
-                continue
-            phase.forget()
-            for one, stepped, terms in self._active.pop(optimizer, []):
-                if stepped is not None and stepped == _stepped(one):  # the optimizer never used the push
-                    if one.latent is not None:
-                        one.weight.copy_(one.latent)
-                    self._push(one, terms, undo=True)
+            if phase.stale:
+                self._undo(optimizer)
+
+    @torch.no_grad()
+    def _undo(self, optimizer: Optimizer) -> None:
+        """Close a step that failed and take back what it did."""
+        self._phases[optimizer].close()
+        for one, pushed, terms in self._active.pop(optimizer, []):
+            stepped = moments.step_of(one)
+            if pushed is not None and stepped is not None and torch.equal(pushed, stepped):  # the optimizer never used the push
                 if one.latent is not None:
-                    self.show(one)
-
-    def show(self, one: Managed) -> None:
-        """Write what the forward pass shall see into the parameter."""
-        assert one.latent is not None
-        self._show_into(one, one.weight)
-        one.note()
-
-    def shows(self, one: Managed) -> bool:
-        """Whether the parameter's value is what its latent weight deploys to."""
-        expected = torch.empty_like(one.weight)
-        self._show_into(one, expected)
-        return torch.equal(expected, one.weight)
-
-    def adopt(self, one: Managed) -> None:
-        """Make the parameter's value its latent weight; it may have moved to another device."""
-        assert one.latent is not None
-        one.latent = one.weight.clone(memory_format=torch.preserve_format)
-        one.tensors = {key: tensor.to(one.latent.device) for key, tensor in one.tensors.items()}
-        one.refit()
-        self.show(one)
-
-    def on_grid(self, one: Managed) -> bool:
-        """Whether the parameter holds its nearest grid weights between steps."""
-        return one.latent is not None and one.method.deploys_nearest
-
-    @property
-    def penalty(self) -> str:
-        """How the methods' penalties reach the weights."""
-        exact = {isinstance(one.optimizer, EXACT) for one in self._managed if one.method.push is not None}
-        if len(exact) == 2:
-            return "in the first moment where there is one"
-        return "in the first moment" if True in exact else "after the step"
+                    one.weight.copy_(one.latent)
+                self._push(one, terms, undo=True)
+            if one.latent is not None:
+                self.show(one)
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _open(self, optimizer: Optimizer, terms: Terms) -> None:
         """Hand the optimizer latent weights, the method's gradients and a first moment that holds the penalty."""
-        begun = self.steps[optimizer] >= self._start
-        mine = [one for one in self._managed if begun and one.optimizer is optimizer and one.parameter.grad is not None]
+        mine = [one for one in self._managed if one.begun and one.optimizer is optimizer and one.parameter.grad is not None]
         counted = [(one, terms(one, self.steps[optimizer])) for one in mine]  # may raise: nothing has changed yet
-        self._active[optimizer] = []
+        opened = self._active[optimizer] = []
         for one, count in counted:
-            if one.method.gradient is not None:
-                self._regrade(one, count)
+            opened.append(Opened(one, None, count))
+            self._regrade(one, count)
             if one.latent is not None:
                 one.weight.copy_(one.latent)
-            pushed = _stepped(one) if self._push(one, count) else None
-            self._active[optimizer].append((one, pushed, count))
-
-    def _finish(self, one: Managed, context: Context) -> None:
-        """Do what follows the optimizer's update of one parameter."""
-        if one.method.push is not None and not isinstance(one.optimizer, EXACT):
-            self._run(passes.descend, one, context, [one.weight, self._curvature(one)])
-        if one.method.prox is not None:
-            corrected = context._replace(loss_terms=context.loss_terms * self._correction(one))
-            self._run(passes.prox, one, corrected, [one.weight, self._curvature(one)])
-        assert one.optimizer is not None
-        if one.fit is not None and self.steps[one.optimizer] % self._refit == 0:
-            one.fit = one.grid.fit(one.blocks(one.weight))
-            context = context._replace(fit=one.fit)
-        if one.latent is not None:
-            self._run(passes.deploy, one, context, [one.weight, one.latent])
-
-    def _regrade(self, one: Managed, terms: float) -> None:
-        grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
-        weight = one.weight if one.latent is None else one.latent
-        self._run(passes.gradient, one, self._context(one, terms, weight), [grad, weight, one.weight])
-
-    def _push(self, one: Managed, terms: float, *, undo: bool = False) -> bool:
-        """Add the penalty's gradient to the first moment; False where there is none yet, or the optimizer has none."""
-        if one.method.push is None or not isinstance(one.optimizer, EXACT):
-            return False
-        state: Any = one.optimizer.state.get(one.parameter)
-        if not state or "exp_avg" not in state:
-            return False
-        beta = float(one.group["betas"][0])
-        factor = (1 - beta) / beta * (-1 if undo else 1)
-        context = self._context(one, terms * self._correction(one))
-        tensors = [one.weight, local(state["exp_avg"]), self._curvature(one)]
-        self._run(passes.push, one, context, tensors, torch.tensor(factor, dtype=torch.float64))
-        return True
-
-    def _correction(self, one: Managed) -> float:
-        """Return the bias correction of Adam's second moment, 1 for curvature that the caller gives or nobody reads."""
-        if one.method.curvature is not None or not one.method.curved:
-            return 1.0
-        assert one.optimizer is not None
-        return float(1 / (1 - float(one.group["betas"][1]) ** float(one.optimizer.state[one.parameter]["step"])))
-
-    def _curvature(self, one: Managed) -> Tensor:
-        """Return the curvature, of the parameter's local shape; Adam's second moment is left uncorrected, to save a pass."""
-        given = one.method.curvature
-        if given is not None:
-            return local(given(one.name) if callable(given) else given[one.name]).to(one.weight)
-        assert one.optimizer is not None
-        if not one.method.curved:
-            return one.weight
-        return local(one.optimizer.state[one.parameter]["exp_avg_sq"])
-
-    def _context(self, one: Managed, terms: float, source: Tensor | None = None) -> Context:
-        """Return what the method may know; `source` is the weight to fit scales to, the parameter's own value by default."""
-        step = 0 if one.optimizer is None else self.steps[one.optimizer]
-        return Context(
-            quantizer=one.grid,
-            step=step,
-            lr=torch.as_tensor(one.group.get("lr", 0.0), dtype=torch.float64),
-            loss_terms=torch.tensor(terms, dtype=torch.float64),
-            fit=one.held_fit(one.blocks(one.weight if source is None else source)),
-            tensors=one.tensors,
-            key=randomness.stream(self._seed, step, one.name),
-            offset=one.offset,
-        )
-
-    @torch.no_grad()
-    def _show_into(self, one: Managed, into: Tensor) -> None:
-        assert one.latent is not None
-        self._run(passes.show, one, self._context(one, 1.0, one.latent), [into, one.latent])
+            if self._push(one, count):
+                opened[-1] = Opened(one, moments.step_of(one), count)
 
     def _shown(self, optimizer: Optimizer, closure: Callable[[], Any], terms: Terms) -> Callable[[], Any]:
         """Return the closure with deployed weights inside; what it leaves behind is a step that is open."""
 
         def run() -> Any:
-            reopened = self._active.get(optimizer)
-            for one, _, _ in reopened or []:
+            opened = self._active.get(optimizer, [])
+            first = optimizer not in self._active
+            for one, _, _ in opened:
                 if one.latent is not None:
                     one.latent.copy_(one.weight)
                     self.show(one)
+            torch.clear_autocast_cache()
             result = closure()
-            if reopened is None:
+            if first:
                 self._open(optimizer, terms)
-            else:
-                for one, _, count in reopened:
-                    if one.method.gradient is not None:
-                        self._regrade(one, count)
-                    if one.latent is not None:
-                        one.weight.copy_(one.latent)
+            for one, _, count in opened:
+                self._regrade(one, count)
+                if one.latent is not None:
+                    one.weight.copy_(one.latent)
             return result
 
         return run
+
+    def _finish(self, one: Managed, terms: float) -> None:
+        """Do what follows the optimizer's update of one parameter."""
+        if one.method.push is not None and not moments.exact(one.optimizer, one.group):
+            self._run(passes.descend, one, self._context(one, terms), [one.weight, moments.curvature(one)])
+        if one.method.prox is not None:
+            context = self._context(one, terms * moments.correction(one))
+            self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
+        assert one.optimizer is not None
+        if self.steps[one.optimizer] % self._refit == 0:
+            one.refit(one.weight)
+        if one.latent is not None:
+            self._run(passes.deploy, one, self._context(one, terms), [one.weight, one.latent])
+
+    @torch.no_grad()
+    def _regrade(self, one: Managed, terms: float) -> None:
+        """Replace the gradient by the method's; the parameter still holds what the forward pass saw."""
+        if one.method.gradient is not None:
+            grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
+            self._run(passes.gradient, one, self._context(one, terms, one.source), [grad, one.source, one.weight])
+
+    def _push(self, one: Managed, terms: float, *, undo: bool = False) -> bool:
+        """Add the penalty's gradient to the first moment; False where there is none yet, or the optimizer has none."""
+        if one.method.push is None or not moments.exact(one.optimizer, one.group) or moments.step_of(one) is None:
+            return False
+        beta = float(one.group["betas"][0])
+        factor = _scalar((1 - beta) / beta * (-1 if undo else 1), one.weight)
+        context = self._context(one, terms * moments.correction(one))
+        self._run(passes.push, one, context, [one.weight, moments.first(one), moments.curvature(one)], factor)
+        return True
+
+    def _context(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Context:
+        """Return what the method may know; `source` is the weight to fit scales to, the parameter's own value by default."""
+        step = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
+        return Context(
+            quantizer=one.grid,
+            step=step,
+            lr=_scalar(one.group.get("lr", 0.0), one.weight),
+            loss_terms=_scalar(terms, one.weight),
+            fit=one.held_fit(one.weight if source is None else source),
+            tensors=one.tensors,
+            key=randomness.stream(self._seed, step, one.name),
+            offset=one.offset,
+        )
+
+    def _show_into(self, one: Managed, into: Tensor) -> None:
+        assert one.latent is not None
+        self._run(passes.show, one, self._context(one, 1.0, one.latent), [into, one.latent])
 
     def _run(self, work: passes.Pass, one: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
         """Run a pass on the chosen path; the automatic path falls back to eager where compilation fails."""
@@ -287,9 +268,22 @@ class Stepper:
         passes.piecewise(work, one, context, tensors, *scalars)
 
 
-def _reads_state(optimizer: Optimizer) -> bool:
+def wide_blocks(one: Managed) -> Tensor:
+    """Return a parameter's own value as `(blocks, block)`, float32 or float64."""
+    return wide(one.blocks(one.weight))
+
+
+def _scalar(value: float | Tensor, weight: Tensor) -> Tensor:
+    """Return a 0-dim tensor beside the weight; a number from the device is not read back."""
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    if isinstance(value, Tensor):
+        return value.detach().to(weight.device, dtype)
+    return torch.full((), float(value), dtype=dtype, device=weight.device)
+
+
+def _creates_state(optimizer: Optimizer) -> bool:
     """Whether this is torch.distributed.checkpoint's step that only creates state: rate 0, zero gradients, no state yet."""
-    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
     return not any(bool(local(gradient).any()) for gradient in gradients)
@@ -299,9 +293,3 @@ def _overflowed(optimizer: Optimizer) -> bool:
     """Whether a GradScaler tells a fused optimizer to leave everything alone."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
-
-
-def _stepped(one: Managed) -> float:
-    """Return the optimizer's own step count of one parameter."""
-    assert one.optimizer is not None
-    return float(one.optimizer.state[one.parameter]["step"])
