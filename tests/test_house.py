@@ -106,6 +106,14 @@ def test_unknown_public_name_is_an_attribute_error_that_helps():
         _ = stepwell.no_such_name
 
 
+def test_readme_has_a_line_for_every_module():
+    readme = (ROOT / "README.md").read_text()
+    modules = [path for path in SOURCES if path.name != "__init__.py"]
+    assert [
+        str(path.relative_to(ROOT)) for path in modules if not re.search(rf"^\W*{re.escape(path.name)}\s+\S", readme, re.MULTILINE)
+    ] == []
+
+
 def calls(tree, *names):
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names]
 
