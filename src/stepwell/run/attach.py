@@ -33,6 +33,8 @@ LossTerms = float | Callable[[int], float] | None
 class Run:
     """A method living on a model and its optimizers; made by `attach`.
 
+    A step that ends in an exception is repaired by the next call of a Run's method, or else by the next step.
+
     Attributes:
         loss_terms: loss terms averaged per optimizer step: a number, or a function of the step; None takes the method's. Over all ranks.
     """
