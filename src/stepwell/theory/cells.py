@@ -12,6 +12,7 @@ from scipy.special import ndtr
 from stepwell.theory.staircase import Array, Staircase
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
+VALUES = 2e7
 
 
 class Cells(NamedTuple):
@@ -31,13 +32,22 @@ def cells(staircase: Staircase, edges: Array) -> Cells:
     """Return the averages of psi and psi^2 over the cells between `edges`."""
     width = np.diff(edges)
     center = (edges[1:] + edges[:-1]) / 2
+    psi = np.diff(integral(staircase, edges)) / width
     if staircase.temperature == 0:
-        psi = np.diff(integral(staircase, edges)) / width
         squared = np.diff(_piecewise(staircase.levels**2, staircase.thresholds, edges)) / width
     else:
-        values = staircase(center[:, None] + 0.5 * width[:, None] * NODES)
-        psi, squared = values @ WEIGHTS / 2, values**2 @ WEIGHTS / 2
+        squared = _mean_square(staircase, edges)
     return Cells(edges, center, width, psi, squared)
+
+
+def _mean_square(staircase: Staircase, edges: Array) -> Array:
+    """Return the cell averages of psi_T^2: Gauss-Legendre on pieces no longer than T, as far as memory goes."""
+    width = np.diff(edges)
+    affordable = max(1, int(VALUES / (len(width) * len(NODES) * len(staircase.thresholds))))
+    pieces = min(int(np.ceil(np.max(width) / staircase.temperature)), affordable)
+    offsets = ((np.arange(pieces)[:, None] + 0.5 * (1 + NODES)) / pieces).ravel()
+    values = staircase(edges[:-1, None] + width[:, None] * offsets)
+    return np.asarray(values**2 @ np.tile(WEIGHTS, pieces) / (2 * pieces))
 
 
 def integral(staircase: Staircase, w: Array) -> Array:

@@ -16,6 +16,7 @@ from stepwell.theory.staircase import Array, Staircase
 
 FLOOR = 1e-9
 CHUNK = 2_000_000
+NEVER_ZERO = 1e-150  # the formula divides by its arguments
 
 
 class Moments(NamedTuple):
@@ -84,8 +85,7 @@ def bivariate(h: Array, k: Array, r: float) -> Array:
     Owen's formula through his T function (D. B. Owen, Annals of Mathematical Statistics 27, 1956).
     """
     root = np.sqrt((1 - r) * (1 + r))
-    tiny = np.finfo(float).tiny
-    h, k = np.where(h == 0, tiny, h), np.where(k == 0, tiny, k)
+    h, k = np.where(h == 0, NEVER_ZERO, h), np.where(k == 0, NEVER_ZERO, k)
     opposite = np.where((h < 0) != (k < 0), 0.5, 0.0)
     with np.errstate(over="ignore"):
         corners = owens_t(h, (k - r * h) / (h * root)) + owens_t(k, (h - r * k) / (k * root))

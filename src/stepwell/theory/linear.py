@@ -103,9 +103,8 @@ def linear_stationary(problem: Problem) -> tuple[State, Status]:
     kappa = 2 * eta * k - (eta * rho) ** 2
     m = a * R / k
     force = R + problem.label_noise**2 - 2 * a * m + rho * m**2 / R
-    stable = kappa > 0 or force <= 0
-    v = eta**2 * rho * force / kappa if kappa > 0 else (0.0 if stable else np.inf)
-    return State(np.array(m), np.array(v)), "ok" if stable else "diverged"
+    v = eta**2 * rho * force / kappa if kappa > 0 else np.inf
+    return State(np.array(m), np.array(v)), "ok" if kappa > 0 else "diverged"
 
 
 def ptq_stationary(problem: Problem) -> Stationary:

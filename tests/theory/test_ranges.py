@@ -1,0 +1,49 @@
+"""Sweeps agree with single solves; the best range is not beaten by its neighbours."""
+
+import numpy as np
+import pytest
+
+from stepwell.theory import Problem, Staircase, best_range, closure, plateau, sweep
+
+P = Problem(Staircase(2, 2.0), lr=0.1, label_noise=0.2)
+
+
+def test_a_sweep_is_many_single_solves():
+    found = sweep(P, 40.0, bits=[2, 3], ranges=[0.8, 2.0])
+    assert found.bits == (2, 3)
+    t = np.concatenate([[0.0], np.geomspace(0.04, 40, 400)])
+    for row, bits in enumerate((2, 3)):
+        for column, omega in enumerate((0.8, 2.0)):
+            single = closure(Problem(Staircase(bits, omega), lr=0.1, label_noise=0.2), t)
+            assert found.error[row, column] == single.error[-1]
+            assert found.l10[row, column] == plateau(single).l10
+            assert found.status[row][column] == single.status
+    assert found.status[0][0] == "runaway"
+    np.testing.assert_array_equal(found.best(), found.ranges[np.argmin(found.error, axis=1)])
+
+
+@pytest.mark.parametrize("theory", ["closure", "exact"])
+def test_the_best_range_beats_every_range_nearby(theory):
+    from stepwell.theory import exact
+
+    solve = closure if theory == "closure" else exact
+    found = best_range(P, 15.0, theory=theory, ranges=np.linspace(0.6, 3.0, 7))
+    assert np.all(np.diff(found.ranges) > 0)
+    assert found.error == found.errors.min()
+    for omega in np.linspace(0.7, 2.9, 5):
+        assert solve(Problem(Staircase(2, float(omega)), lr=0.1, label_noise=0.2), [15.0]).error[0] >= found.error - 1e-9
+
+
+def test_the_best_range_of_one_bit_with_a_gaussian_teacher():
+    # E|g| = .798 minimises 1 - 2 omega E|g| + omega^2 once signs are right: what the closure runs to
+    p = Problem(Staircase(1, 1.0), lr=0.3, teacher="gauss")
+    assert best_range(p, 1e5).range == pytest.approx(np.sqrt(2 / np.pi), abs=0.02)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"above 0: got -1\.0"):
+        best_range(P, -1.0)
+    with pytest.raises(ValueError, match="whose range can vary"):
+        best_range(Problem(None), 1.0)
+    with pytest.raises(ValueError, match=r"`range` .*got -0\.5"):
+        sweep(P, 10.0, bits=[2], ranges=[-0.5, 1.0])
