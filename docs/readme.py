@@ -1,0 +1,64 @@
+"""Fill the README's tree and tables: the tree from the modules' first lines, the numbers from committed results.
+
+python docs/readme.py          # rewrites README.md between its markers; a test asks that it is up to date
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WIDTH = 24
+
+
+def tree() -> str:
+    """Return one line per module: its name and the first sentence of its docstring."""
+    lines = ["```text", "src/stepwell/"]
+    package = ROOT / "src" / "stepwell"
+    for folder in [package, *sorted(path for path in package.iterdir() if path.is_dir() and any(path.glob("*.py")))]:
+        depth = "  " if folder == package else "    "
+        if folder != package:
+            lines.append(f"  {folder.name + '/':<{WIDTH}}{_first(folder / '__init__.py')}".rstrip())
+        lines += [f"{depth}{path.name:<{WIDTH}}{_first(path)}" for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    return "\n".join([*lines, "```"])
+
+
+def cost() -> str:
+    """Return the table of training-step cost, from the benchmark's results."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
+    head = "| step | time over plain | memory growth over plain | extra ms | floor ms |\n|---|---|---|---|---|"
+    rows = [
+        f"| {name} | {row['cpu_ratio']:.3f} | {row['memory_ratio']:.3f} | {row['extra_cpu_ms']:.1f} | "
+        + (f"{row['floor_ms']:.1f} |" if row["floor_ms"] else "|")
+        for name, row in result["variants"].items()
+    ]
+    note = (
+        f"int4 in blocks of 32 on the {result['quantized_weights'] / 1e6:.1f} million block weights of a 4-layer transformer, 1024 tokens a "
+        f"step, AdamW, float32. Medians over {result['rounds']} interleaved rounds of the ratio within a round (processor time); "
+        f"{result['machine']}; torch {result['torch']}. The floor is the memory traffic of the extra passes at the speed of a copy. "
+        "`python benchmarks/step_cost.py` measures it again."
+    )
+    return "\n".join([head, *rows, "", note])
+
+
+def render(text: str) -> str:
+    """Return the README with every marked part filled in."""
+    for name, part in (("tree", tree), ("cost", cost)):
+        pattern = re.compile(rf"(<!-- {name}[^>]*-->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no part marked {name!r}.")
+        text = pattern.sub(lambda found, part=part: found[1] + part() + found[2], text)
+    return text
+
+
+def _first(path: Path) -> str:
+    """Return the first line of a module's docstring, without the name that many begin with."""
+    line = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+    line = re.sub(r"^\w+( \w+)?: ", "", line).rstrip(".").split(". ")[0]
+    return line[:1].lower() + line[1:] if line[1:2].islower() else line
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
