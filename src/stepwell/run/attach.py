@@ -222,12 +222,15 @@ class Run:
         for one in self._managed:
             if one.latent is None or one.untouched:
                 continue
-            one.follow()
-            if self._stepper.shows(one):
+            same = self._stepper.shows(one)
+            moved = one.follow()
+            if not same:
+                self._stepper.adopt(one)
+                changed.append(one.name)
+            elif moved:
+                self._stepper.show(one)
+            else:
                 one.note()
-                continue
-            self._stepper.adopt(one)
-            changed.append(one.name)
         if changed and not self._warned:
             self._warned = True
             warnings.warn(

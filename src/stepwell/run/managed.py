@@ -125,15 +125,16 @@ class Managed:
         codes = from_blocks(grids.to_codes(values, self.quantizer.format), shape, self.quantizer.block, self.quantizer.axis)
         return encoded._replace(codes=codes.contiguous(), zero_points=fit.zero.reshape(grouped))
 
-    def follow(self) -> None:
-        """Take the latent weight and all scales along to where the parameter was moved, in its dtype."""
+    def follow(self) -> bool:
+        """Take the latent weight and all scales along to where the parameter was moved, in its dtype; say whether it had moved."""
         weight = self.weight
         if self.latent is None or (self.latent.device == weight.device and self.latent.dtype == weight.dtype):
-            return
+            return False
         self.latent = self.latent.to(weight)
         self.tensors = {key: tensor.to(weight.device) for key, tensor in self.tensors.items()}
         if self.fit is not None:
             self.fit = Fit(*(None if part is None else part.to(weight.device) for part in self.fit))  # type: ignore[arg-type]
+        return True
 
     def note(self) -> None:
         """Remember the parameter's memory as ours."""

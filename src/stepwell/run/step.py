@@ -87,10 +87,11 @@ class Stepper:
 
     @torch.no_grad()
     def shows(self, one: Managed) -> bool:
-        """Whether the parameter's value is what its latent weight deploys to."""
-        expected = torch.empty_like(one.weight)
+        """Whether the parameter's value is what its latent weight deploys to; the parameter may have been moved or cast since."""
+        assert one.latent is not None
+        expected = torch.empty_like(one.latent)
         self._show_into(one, expected)
-        return torch.equal(expected, one.weight)
+        return torch.equal(expected.to(one.weight), one.weight)
 
     @torch.no_grad()
     def adopt(self, one: Managed) -> None:
@@ -237,12 +238,13 @@ class Stepper:
     def _context(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Context:
         """Return what the method may know; `source` is the weight to fit scales to, the parameter's own value by default."""
         step = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
+        source = one.weight if source is None else source
         return Context(
             quantizer=one.grid,
             step=step,
-            lr=_scalar(one.group.get("lr", 0.0), one.weight),
-            loss_terms=_scalar(terms, one.weight),
-            fit=one.held_fit(one.weight if source is None else source),
+            lr=_scalar(one.group.get("lr", 0.0), source),
+            loss_terms=_scalar(terms, source),
+            fit=one.held_fit(source),
             tensors=one.tensors,
             key=randomness.stream(self._seed, step, one.name),
             offset=one.offset,
