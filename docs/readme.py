@@ -20,7 +20,8 @@ def tree() -> str:
         depth = "  " if folder == package else "    "
         if folder != package:
             lines.append(f"  {folder.name + '/':<{WIDTH}}{_first(folder / '__init__.py')}".rstrip())
-        lines += [f"{depth}{path.name:<{WIDTH}}{_first(path)}" for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+        modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+        lines += [f"{depth}{path.name:<{WIDTH}}{_first(path)}" for path in modules]
     return "\n".join([*lines, "```"])
 
 

@@ -39,7 +39,7 @@ def uniform(
         word = word.bitwise_xor_(_right(word, shift)).mul_(_signed(factor))
     word = word.bitwise_xor_(_right(word, 31))
     bits = 24 if dtype == torch.float32 else 53
-    drawn: Tensor = _right(word, 64 - bits).to(dtype) * 2.0**-bits
+    drawn = _right(word, 64 - bits).to(dtype).mul_(2.0**-bits)
     return drawn.reshape(shape)
 
 

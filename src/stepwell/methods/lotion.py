@@ -96,9 +96,9 @@ def penalty(weight: Tensor, curvature: Tensor, quantizer: Quantizer) -> Tensor:
         curvature: `(*shape)`, the diagonal g, in loss per squared weight.
         quantizer: the grid.
 
-    >>> from stepwell.presets import int4
-    >>> penalty(torch.tensor([1.0, 0.5 / 7], dtype=torch.float64), torch.ones(2, dtype=torch.float64), int4(block=None)).item() * 8 * 49
-    1.0
+    >>> from stepwell.presets import int2
+    >>> penalty(torch.tensor([1.0, 0.5]), torch.ones(2), int2(block=None))
+    tensor(0.1250)
     """
     return (curvature * variance(quantizer.bracket(weight))).sum() / 2
 
