@@ -50,7 +50,10 @@ def test_what_runs_is_what_was_trained(told, results):
 
     from stepwell.train.data import load_digits
 
-    certificate = results["shipped"]["certificate"]
+    shipped = results["shipped"]
+    rivals = [row for row in results["summary"] if row["bits"] == 4]
+    assert shipped["arm"] == min(rivals, key=lambda row: row["validation_loss"])["arm"]
+    certificate = shipped["certificate"]
     assert certificate["passed"]
     assert certificate["codes_equal"]
     assert certificate["scales_equal"]
@@ -74,7 +77,7 @@ def test_what_runs_is_what_was_trained(told, results):
     found = session.run(None, {session.get_inputs()[0].name: images.pixels.numpy()})[0]
     assert np.abs(found - x).max() < 1e-5 * np.abs(x).max()
     accuracy = (found.argmax(1) == images.labels.numpy()).mean()
-    assert accuracy == pytest.approx(results["shipped"]["accuracy"], abs=1e-12)
+    assert accuracy == pytest.approx(shipped["accuracy"], abs=1e-12)
 
 
 def test_page_says_what_the_results_say(told, results):
@@ -141,4 +144,4 @@ def test_what_the_demo_claims(tmp_path):
     assert [claim["holds"] for claim in told["claims"]] == [True, True]
     assert [claim["asked"] for claim in told["claims"]] == [2.0, 5.0]
     assert rows[recipes.LOTION, 2]["randomized_loss"]["mean"] < rows[recipes.STE, 2]["randomized_loss"]["mean"] / 3
-    assert told["seconds"] < 180
+    assert told["seconds"] < 180  # of one core

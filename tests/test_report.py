@@ -120,6 +120,11 @@ def test_drawing_has_no_colour_of_its_own():
     assert all(len(re.findall(rf"--{name}:", theme)) == 2 for name in used)  # defined for light and for dark
 
 
+def test_same_drawing_same_bytes_but_for_the_running_number():
+    one, two = (re.sub(r"f\d+-", "", drawing()) for _ in range(2))
+    assert one == two
+
+
 def test_points_lie_where_the_numbers_say():
     """Three collinear points, equally spaced, stay so in the drawing; log axes space factors equally."""
 

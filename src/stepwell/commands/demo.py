@@ -69,7 +69,7 @@ def run(config: "Comparison", out: Path) -> "Story":
     from stepwell.train.story import tell
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    threads, started = torch.get_num_threads(), time.perf_counter()
+    threads, started = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(1)  # networks this small lose time to a second thread
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -77,7 +77,7 @@ def run(config: "Comparison", out: Path) -> "Story":
             story = tell(config, out / ONNX_FILE, lambda words: progress.update(task, advance=1, description=f"{words:<36}"))
     finally:
         torch.set_num_threads(threads)
-    return story._replace(seconds=time.perf_counter() - started)
+    return story._replace(seconds=time.process_time() - started)
 
 
 def write_results(story: "Story", out: Path) -> dict[str, Any]:

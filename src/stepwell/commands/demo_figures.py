@@ -68,7 +68,7 @@ def sensitivity(story: Story) -> Figure:
         draw([Panel(series, x, Axis(LOSS, log=True))], label="Loss of 2-bit networks by rounding"),
         "From nearest to randomized rounding the loss grows "
         + ", ".join(f"{factor:.1f}-fold for {arm}" for arm, factor in spread.items())
-        + f"; {STE} also needs its rounding: its weights are not meant to be used unrounded.",
+        + f". Not rounded at all, {STE} is at {brief(row_of(story, STE, 2).latent_loss.mean)}: its weights are made for one rounding.",
         Table(["method", *(f"{name} (nats)" for name, _ in ways)], [[row.arm, *(pair(get(row)) for _, get in ways)] for row in rows]),
     )
 
@@ -77,9 +77,9 @@ def distances(story: Story) -> Figure:
     """Return where the latent weights lie between two grid values."""
     near = {arm: sum(shares[: BINS // 5]) for arm, shares in story.distances.items()}
     return Figure(
-        f"Distance of the weights from the {DISTANCE_BITS}-bit grid before rounding",
+        f"Distance of the weights from the {DISTANCE_BITS}-bit grid",
         draw([_distance_panel(story)], label="Share of weights against distance to the nearest grid value"),
-        "Share of weights within a tenth of a step of the grid: "
+        "Before rounding. Share of weights within a tenth of a step of the grid: "
         + ", ".join(f"{arm} {100 * share:.0f} %" for arm, share in near.items())
         + "; a weight on the grid is the same under every rounding.",
         _distance_table(story),

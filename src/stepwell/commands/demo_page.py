@@ -19,7 +19,11 @@ def page(story: Story) -> Page:
         lead=_lead(story),
         findings=_findings(story),
         sections=[_loss(story), _rounding(story), _seeds(story), _everything(story), _shipping(story), _method(story)],
-        facts=[*story.versions.items(), ("computing time", f"{story.seconds:.0f} s"), ("seeds", ", ".join(map(str, story.config.seeds)))],
+        facts=[
+            *story.versions.items(),
+            ("computing time", f"{story.seconds:.0f} s of one processor core"),
+            ("seeds", ", ".join(map(str, story.config.seeds))),
+        ],
     )
 
 
@@ -162,7 +166,8 @@ def _shipping(story: Story) -> Section:
     ]
     verdict = "passes" if certificate.passed else "does NOT pass"
     text = (
-        f"The {shipped.bits}-bit network was trained on the grid that onnxruntime stores, exported as ONNX, read back, and run on all test "
+        f"The {shipped.bits}-bit network with the lowest validation loss was exported as ONNX on the grid that onnxruntime stores, the grid it was "
+        "made for, then read back and run on all test "
         f"images. It {verdict}: what was trained is compared with what runs, code by code and logit by logit."
     )
     return Section("What runs is what was trained", [text], tables=[Table(["", "onnxruntime against PyTorch"], rows)])

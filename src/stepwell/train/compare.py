@@ -5,7 +5,7 @@ chosen from the same few on validation images; test images are only reported.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from stepwell.quantizers import Encoded, Quantizer
 from stepwell.rounding import stochastic
 from stepwell.run.attach import attach
 from stepwell.scales import Rule
-from stepwell.train.data import Digits, batches
+from stepwell.train.data import Digits, Images, batches
 from stepwell.train.loop import Score, evaluate, fit
 from stepwell.train.models import mlp
 
@@ -99,11 +99,12 @@ def compare(config: Comparison, digits: Digits, fitted: Callable[[str], None]) -
     """
     for seed in config.seeds:
         base = mlp(config.widths, seed=seed)
-        _train(config, base, digits, lr=config.base_lr, seed=seed, steps=config.base_steps)
+        _train(config, base, _batches(config, digits, seed, config.base_steps), lr=config.base_lr)
+        later = _batches(config, digits, _later(seed), config.steps)
         fitted(f"seed {seed}, full precision")
         for lr in config.lrs:
             control = copy.deepcopy(base)
-            _train(config, control, digits, lr=lr, seed=_later(seed), steps=config.steps)
+            _train(config, control, later, lr=lr)
             fitted(f"seed {seed}, full precision, longer")
             score = evaluate(control, digits.test)
             validation = evaluate(control, digits.validation)
@@ -114,7 +115,7 @@ def compare(config: Comparison, digits: Digits, fitted: Callable[[str], None]) -
                     if arm.method is None:
                         network = _rounded(control, q)
                     else:
-                        network = _trained(config, base, digits, method=arm.method(q, config.batch), lr=lr, seed=seed)
+                        network = _trained(config, base, later, method=arm.method(q, config.batch), lr=lr)
                         fitted(f"seed {seed}, {bits} bits, {arm.name}")
                     yield Trial(arm.name, bits, lr, seed, *scores(network, q, digits, draws=config.draws)), network
 
@@ -149,19 +150,22 @@ def write_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             model.get_parameter(name).copy_(weight)
 
 
-def _train(config: Comparison, model: nn.Module, digits: Digits, *, lr: float, seed: int, steps: int) -> None:
+def _batches(config: Comparison, digits: Digits, seed: int, steps: int) -> list[Images]:
+    """Return all batches of a training run, so that several runs see the same."""
+    return list(batches(digits, config.batch, steps=steps, seed=seed, noise=config.noise))
+
+
+def _train(config: Comparison, model: nn.Module, data: Sequence[Images], *, lr: float) -> None:
     """Train in full precision, the learning rate falling linearly to zero."""
-    optimizer, scheduler = _optimizer(config, model, lr, steps)
-    data = batches(digits, config.batch, steps=steps, seed=seed, noise=config.noise)
+    optimizer, scheduler = _optimizer(config, model, lr, len(data))
     fit(model, data, optimizer=optimizer, scheduler=scheduler)
 
 
-def _trained(config: Comparison, base: nn.Module, digits: Digits, *, method: Method, lr: float, seed: int) -> Network:
+def _trained(config: Comparison, base: nn.Module, data: Sequence[Images], *, method: Method, lr: float) -> Network:
     """Train a copy of the base with a method attached, on the batches that full precision saw."""
     model = copy.deepcopy(base)
-    optimizer, scheduler = _optimizer(config, model, lr, config.steps)
+    optimizer, scheduler = _optimizer(config, model, lr, len(data))
     run = attach(model, method, optimizer, compile=False)  # a network this small would not pay for it
-    data = batches(digits, config.batch, steps=config.steps, seed=_later(seed), noise=config.noise)
     fit(model, data, optimizer=optimizer, scheduler=scheduler)
     with run.latent():
         latent = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -178,7 +182,7 @@ def _rounded(control: nn.Module, quantizer: Quantizer) -> Network:
 
 def _optimizer(config: Comparison, model: nn.Module, lr: float, steps: int) -> tuple[AdamW, LambdaLR]:
     """Return AdamW and a schedule that falls linearly from `lr` to zero."""
-    optimizer = AdamW(model.parameters(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = AdamW(model.parameters(), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
 
 
