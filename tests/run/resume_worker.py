@@ -1,0 +1,86 @@
+"""Resume saved runs in a fresh process: `python -m tests.run.resume_worker FOLDER` reads FOLDER/*.pt and writes FOLDER/*.end.
+
+Every file holds the model's and the optimizer's state dictionary, and the name of its case. Model and optimizer are built from scratch,
+the model from another seed, so that nothing but the two dictionaries can carry the run over.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tests.run.throwaway import everything
+from tests.run.training import OPTIMIZERS, batches, network, ones, train
+
+import stepwell as sw
+from stepwell.methods.base import Method
+
+STEPS = 6
+Q = sw.int3(block=16)
+AFFINE = sw.intn(3, block=16, levels="affine")
+
+
+class Case(NamedTuple):
+    """A method, an optimizer and the options of `attach`."""
+
+    method: Callable[[torch.nn.Module], Method]
+    optimizer: str = "adamw foreach"
+    start: int = 0
+    frozen: str = ""
+
+
+CASES = {
+    "ste, sgd": Case(lambda model: sw.ste(Q), "sgd"),
+    "ste, momentum": Case(lambda model: sw.ste(Q), "sgd momentum foreach"),
+    "ste, for-loop": Case(lambda model: sw.ste(Q), "adamw for-loop"),
+    "ste, fused": Case(lambda model: sw.ste(Q), "adamw fused"),
+    "ste, amsgrad": Case(lambda model: sw.ste(sw.nvfp4()), "adamw amsgrad"),
+    "ste, later": Case(lambda model: sw.ste(Q), start=3),
+    "ste, frozen": Case(lambda model: sw.ste(AFFINE), frozen="2.weight"),
+    "clipped ste": Case(lambda model: sw.ste(Q, clip=0.8)),
+    "searched": Case(lambda model: sw.ste(sw.intn(3, block=16, scale="mse"))),
+    "searched, affine": Case(lambda model: sw.ste(sw.intn(3, block=16, scale="mse", levels="affine")), start=2),
+    "searched, e4m3": Case(lambda model: sw.lotion(sw.intn(3, block=16, scale="mse", scale_dtype="e4m3"), loss_terms=64)),
+    "lotion": Case(lambda model: sw.lotion(Q, loss_terms=64)),
+    "lotion, fused": Case(lambda model: sw.lotion(Q, loss_terms=64), "adamw fused"),
+    "lotion, radam": Case(lambda model: sw.lotion(Q, loss_terms=64), "radam"),
+    "lotion, later": Case(lambda model: sw.lotion(Q, loss_terms=64), start=2),
+    "lotion, sgd": Case(lambda model: sw.lotion(Q, curvature=ones(model)), "sgd momentum foreach"),
+    "ste + lotion": Case(lambda model: sw.lotion(Q, loss_terms=64, forward="nearest"), "adam for-loop"),
+    "ste + lotion, affine": Case(lambda model: sw.lotion(AFFINE, loss_terms=64, forward="nearest")),
+    **{name: Case(lambda model, name=name: everything(Q)[name]) for name in everything(Q)},
+    "randomized, later": Case(lambda model: everything(Q)["randomized"], start=2),
+}
+
+
+def build(name: str, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer, sw.Run]:
+    """Return the model, optimizer and run of a case, from scratch."""
+    case, model = CASES[name], network(seed)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key != case.frozen)
+    optimizer = OPTIMIZERS[case.optimizer]([p for p in model.parameters() if p.requires_grad])
+    return model, optimizer, sw.attach(model, case.method(model), optimizer, start=case.start, seed=11, refit=3)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    data = batches(STEPS)
+    for path in sorted(folder.glob("*.pt")):
+        saved = torch.load(path, weights_only=True)
+        model, optimizer, run = build(saved["case"], seed=99)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        train(model, optimizer, data[saved["step"] :])
+        assert run.steps == STEPS
+        ended = copy.deepcopy({"weights": model.state_dict(), "optimizer": optimizer.state_dict()})
+        ended["codes"] = {name: encoded.codes for name, encoded in run.finalize().items()}
+        torch.save(ended, path.with_suffix(".end"))
+
+
+if __name__ == "__main__":
+    import warnings
+
+    warnings.simplefilter("error")  # a resumed run has nothing to warn about
+    main(Path(sys.argv[1]))
