@@ -1,0 +1,157 @@
+"""`stepwell predict`: the learning curve of quantized training before it is run, or a phase diagram over bits and ranges."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from stepwell.commands.output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from stepwell.theory import Problem, Sweep, Trajectory
+    from stepwell.theory.forecast import Forecast
+
+Kind = Literal["end", "mid", "tread"]
+Theory = Literal["exact", "closure"]
+MAX_POINTS = 100_000
+
+
+def predict(
+    *,
+    bits: Annotated[int, typer.Option(help="Bits per weight, 1..16.")] = 2,
+    range: Annotated[float, typer.Option(help="Range of the weight grid.")] = 2.0,
+    kind: Annotated[Kind, typer.Option(help="Levels: end points on the range, cell centres, or with a zero.")] = "end",
+    input_bits: Annotated[int | None, typer.Option(help="Bits per input; none: inputs are not quantized.", show_default=False)] = None,
+    input_range: Annotated[float | None, typer.Option(help="Range of the input grid; that of the weights.", show_default=False)] = None,
+    input_kind: Annotated[Kind | None, typer.Option(help="Levels of the input grid; those of the weights.", show_default=False)] = None,
+    method: Annotated[Literal["ste", "clipped_ste", "lotion", "ptq"], typer.Option(help="How weights are trained.")] = "ste",
+    lr: Annotated[float, typer.Option(help="Learning rate, per coordinate of the 1/sqrt(d)-scaled model.")] = 0.1,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the label noise.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
+    teacher: Annotated[Literal["one", "gauss"], typer.Option(help="Teacher weights: all equal, or Gaussian.")] = "one",
+    overlap: Annotated[float, typer.Option(help="Overlap with the teacher at the start.")] = 0.0,
+    variance: Annotated[float, typer.Option(help="Variance of the weights at the start.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="LOTION's strength.")] = 1.0,
+    time: Annotated[float | None, typer.Option(help="Last time t = steps / dimension; 8 / (lr a).", show_default=False)] = None,
+    theory: Annotated[
+        Theory | None, typer.Option(help="The exact limit (of a curve) or the Gaussian approximation (of a sweep).", show_default=False)
+    ] = None,
+    sweep: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Phase diagram instead of a curve, for example: bits=2:8 range=0.5:4:64", show_default=False),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Simulate the training as well, with error bars (needs numba).")] = False,
+    dim: Annotated[int, typer.Option(help="Dimension of the simulation.")] = 1000,
+    seeds: Annotated[int, typer.Option(help="Runs of the simulation.")] = 4,
+    figure: Annotated[Path, typer.Option(help="Where the figure goes; the suffix chooses the format.")] = Path("predict.svg"),
+    json: Json = False,
+) -> None:
+    """Predict the learning curve of quantized linear regression: plateau, final error, stability, and what rounding would do."""
+    from stepwell.theory import Problem, Staircase
+
+    if input_bits is None and (input_range is not None or input_kind is not None):
+        raise ValueError("`input-bits` must be given with `input-range` or `input-kind`: got none.")
+    inputs = None if input_bits is None else Staircase(input_bits, range if input_range is None else input_range, input_kind or kind)
+    problem = Problem(
+        Staircase(bits, range, kind), inputs, method, lr, noise, weight_decay, teacher,
+        initial_overlap=overlap, initial_variance=variance, strength=strength,
+    )  # fmt: skip
+    if sweep is not None:
+        _phases(problem, time, theory or "closure", sweep, figure, json=json)
+    else:
+        _curve(problem, time, theory or "exact", (dim, seeds) if check else None, figure, json=json)
+
+
+def _curve(problem: "Problem", time: float | None, theory: Theory, check: tuple[int, int] | None, figure: Path, *, json: bool) -> None:
+    """Solve one setting, draw it, print it."""
+    from stepwell.commands.predict_figures import draw_curve, name
+    from stepwell.commands.predict_tables import findings, points, record
+    from stepwell.theory.forecast import forecast
+
+    told = forecast(problem, time, theory=theory)
+    simulated = _simulated(told, *check) if check else None
+    sentence = draw_curve(told, simulated, figure)
+    if json:
+        print_json(record(told, simulated) | {"theory": theory, "figure": str(figure.resolve()), "meaning": sentence})
+        return
+    print_table(points(told, simulated), title=f"Learning curve of {name(problem)} ({theory} theory, t = steps / dimension)")
+    print()
+    print_table(findings(told, simulated), title="What to expect", note=f"{sentence}\nFigure: {figure.resolve()}")
+
+
+def _simulated(told: "Forecast", dim: int, seeds: int) -> "Trajectory":
+    """Simulate at the times that are shown."""
+    from rich.console import Console
+
+    from stepwell.commands.predict_tables import shown
+    from stepwell.theory import simulate
+
+    with Console(stderr=True).status(f"simulating {seeds} runs of dimension {dim}"):
+        return simulate(told.problem, told.curve.t[shown(told)], dim=dim, seeds=seeds)
+
+
+def _phases(problem: "Problem", time: float | None, theory: Theory, ranges: tuple[str, str], figure: Path, *, json: bool) -> None:
+    """Solve every point of the phase diagram, draw it, print one line per bit width."""
+    from stepwell.commands.predict_figures import draw_phases
+    from stepwell.theory.forecast import SCALES
+
+    widths, omegas = parse_sweep(ranges)
+    horizon = SCALES / (problem.lr * problem.gain) if time is None else time
+    found = _solved(problem, horizon, theory, widths, omegas)
+    sentence = draw_phases(found, problem, horizon, figure)
+    best = found.best()
+    rows = [
+        {
+            "bits": width,
+            "best_range": float(best[k]),
+            "error_there": float(found.error[k].min()),
+            "plateau_there": float(found.l10[k, found.error[k].argmin()]),
+            "longest_plateau": float(found.l10[k].max()),
+            "at_range": float(omegas[int(found.l10[k].argmax())]),
+        }
+        for k, width in enumerate(widths)
+    ]
+    if json:
+        whole = {"ranges": omegas, "l10": found.l10, "l90": found.l90, "error": found.error, "status": found.status}
+        print_json({"theory": theory, "horizon": horizon, "rows": rows, **whole, "figure": str(figure.resolve()), "meaning": sentence})
+        return
+    print_table(rows, title=f"Best range until t = {horizon:.4g} ({theory} theory)", note=f"{sentence}\nFigure: {figure.resolve()}")
+
+
+def _solved(problem: "Problem", horizon: float, theory: Theory, widths: list[int], omegas: list[float]) -> "Sweep":
+    """Sweep one bit width after the other, with a progress bar on standard error."""
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import track
+
+    from stepwell.theory import Sweep, sweep
+
+    bar = track(
+        widths, "solving", console=Console(stderr=True), transient=True, disable=len(widths) * len(omegas) < 500 and theory == "closure"
+    )
+    parts = [sweep(problem, horizon, bits=[width], ranges=omegas, theory=theory) for width in bar]
+    l10, l90, error = (np.concatenate([getattr(part, field) for part in parts]) for field in ("l10", "l90", "error"))
+    return Sweep(tuple(widths), parts[0].ranges, l10, l90, error, tuple(part.status[0] for part in parts))
+
+
+def parse_sweep(words: tuple[str, str]) -> tuple[list[int], list[float]]:
+    """Return bit widths and ranges of `bits=LOW:HIGH range=LOW:HIGH:COUNT`, in any order.
+
+    Raises:
+        ValueError: anything else, showing what came.
+
+    >>> parse_sweep(("bits=2:4", "range=0.5:2:4"))
+    ([2, 3, 4], [0.5, 1.0, 1.5, 2.0])
+    """
+    example = f"`sweep` must look like bits=2:8 range=0.5:4:64, low to high: got {' '.join(words)!r}."
+    parts = dict(word.split("=", 1) for word in words if "=" in word)
+    if set(parts) != {"bits", "range"}:
+        raise ValueError(example)
+    try:
+        (first, last), (low, high, count) = map(int, parts["bits"].split(":")), parts["range"].split(":")
+        start, stop, points = float(low), float(high), int(count)
+    except ValueError:
+        raise ValueError(example) from None
+    if not (1 <= first <= last <= 16 and 0 < start < stop < float("inf") and 2 <= points <= MAX_POINTS):
+        raise ValueError(f"{example} Bits 1..16, ranges above 0, 2..{MAX_POINTS} points.")
+    return list(range(first, last + 1)), [start + (stop - start) * k / (points - 1) for k in range(points)]
