@@ -111,8 +111,8 @@ def test_a_runaway_is_said(run):
         (["--input-range", 2], "`input-bits`"),
         (["--method", "lotion", "--theory", "closure"], "Use `exact`"),
         (["--sweep", "bits=2", "range=1:2"], "must look like bits=2:8 range=0.5:4:64"),
-        (["--sweep", "bits=0:4", "range=1:2:3"], "Bits 1..16"),
-        (["--sweep", "bits=2:4", "range=2:1:3"], "Bits 1..16"),
+        (["--sweep", "bits=0:4", "range=1:2:3"], "bits 1..16"),
+        (["--sweep", "bits=2:4", "range=2:1:3"], "bits 1..16"),
         (["--figure", "p.xyz"], "must end in one of"),
     ],
 )

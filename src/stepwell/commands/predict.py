@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Kind = Literal["end", "mid", "tread"]
 Theory = Literal["exact", "closure"]
 MAX_POINTS = 100_000
+EXAMPLE = "must look like bits=2:8 range=0.5:4:64, low to high"
 
 
 def predict(
@@ -143,15 +144,15 @@ def parse_sweep(words: tuple[str, str]) -> tuple[list[int], list[float]]:
     >>> parse_sweep(("bits=2:4", "range=0.5:2:4"))
     ([2, 3, 4], [0.5, 1.0, 1.5, 2.0])
     """
-    example = f"`sweep` must look like bits=2:8 range=0.5:4:64, low to high: got {' '.join(words)!r}."
+    came = " ".join(words)
     parts = dict(word.split("=", 1) for word in words if "=" in word)
     if set(parts) != {"bits", "range"}:
-        raise ValueError(example)
+        raise ValueError(f"`sweep` {EXAMPLE}: got {came!r}.")
     try:
         (first, last), (low, high, count) = map(int, parts["bits"].split(":")), parts["range"].split(":")
         start, stop, points = float(low), float(high), int(count)
     except ValueError:
-        raise ValueError(example) from None
+        raise ValueError(f"`sweep` {EXAMPLE}: got {came!r}.") from None
     if not (1 <= first <= last <= 16 and 0 < start < stop < float("inf") and 2 <= points <= MAX_POINTS):
-        raise ValueError(f"{example} Bits 1..16, ranges above 0, 2..{MAX_POINTS} points.")
+        raise ValueError(f"`sweep` {EXAMPLE}; bits 1..16, ranges above 0, 2..{MAX_POINTS} points: got {came!r}.")
     return list(range(first, last + 1)), [start + (stop - start) * k / (points - 1) for k in range(points)]

@@ -9,7 +9,7 @@ Source: the order-parameter system of arXiv:2510.10693, derived again for both t
 """
 
 from collections.abc import Callable
-from math import erfc, exp, pi, sqrt
+from math import pi, sqrt
 from typing import Any
 
 import numpy as np
@@ -102,36 +102,6 @@ def order_parameters(t: float, y: Array, problem: Problem, weights: Staircase) -
     dm = eta * (a * R - rho * overlap - lam * m)
     dv = -2 * eta * (rho * float(g.slope) + lam) * v + eta**2 * rho * energy
     return dm, dv
-
-
-def hard_order_parameters(t: float, y: Array, constants: Array, levels: Array, thresholds: Array, gauss: bool) -> Array:
-    """Return `order_parameters` at temperature 0 in the form that numba compiles; only thresholds within 9 s are visited."""
-    a, rho, eta, lam, R, noise, floor = constants
-    m, v = y[0], max(y[1], 0.0)
-    mu, s = (0.0, sqrt(v + m * m / R)) if gauss else (m / sqrt(R), sqrt(v))
-    s = max(s, floor)
-    first = np.searchsorted(thresholds, mu - 9 * s)
-    mean, square, slope = levels[first], levels[first] ** 2, 0.0
-    for k in range(first, len(thresholds)):
-        z = (thresholds[k] - mu) / s
-        if z > 9:
-            break
-        above, step = 0.5 * erfc(z * 0.7071067811865476), levels[k + 1] - levels[k]
-        mean += step * above
-        square += step * (levels[k + 1] + levels[k]) * above
-        slope += step * exp(-0.5 * z * z) * 0.3989422804014327 / s
-    out = np.empty(2)
-    if gauss:
-        m_psi = m * slope  # (m / q) r_psi with r_psi = q E[psi']
-        force = a * R - rho * m_psi - lam * m
-        out[1] = -2 * eta * (rho * slope + lam) * v
-    else:
-        m_psi = sqrt(R) * mean
-        force = a * R - rho * m_psi - lam * m
-        out[1] = -2 * eta * (rho * slope + lam) * s * s
-    out[0] = eta * force
-    out[1] += eta * eta * rho * (R + noise * noise - 2 * a * m_psi + rho * square)
-    return out
 
 
 def _derivative(problem: Problem, weights: Staircase) -> tuple[Derivative, tuple[Any, ...]]:

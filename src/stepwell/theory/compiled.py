@@ -5,8 +5,7 @@ from math import exp, expm1, log
 import numpy as np
 from numba import njit
 
-from stepwell.theory.closure import hard_order_parameters
-from stepwell.theory.fokker_planck import HALF_STEPS, SMALLEST, STEEP, VOID
+from stepwell.theory.scheme import HALF_STEPS, SMALLEST, STEEP, VOID, hard_order_parameters
 from stepwell.theory.staircase import Array
 
 order_parameters = njit(cache=True, nogil=True)(hard_order_parameters)

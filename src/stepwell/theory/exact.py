@@ -14,11 +14,12 @@ from numpy.typing import ArrayLike
 
 from stepwell.theory.cells import cells
 from stepwell.theory.closure import RUNAWAY, runs_away
-from stepwell.theory.fokker_planck import HALF_STEPS, evolve
+from stepwell.theory.fokker_planck import evolve
 from stepwell.theory.landscape import Nodes, build, start, teacher_nodes
 from stepwell.theory.linear import linear_error, linear_state, ptq, unquantized
 from stepwell.theory.mesh import cut, halved, mesh, scales
 from stepwell.theory.problem import Problem, check_times
+from stepwell.theory.scheme import HALF_STEPS
 from stepwell.theory.staircase import Array, Staircase
 from stepwell.theory.trajectory import Density, Status, Trajectory
 

@@ -12,12 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import solve_banded
 
+from stepwell.theory.scheme import HALF_STEPS, SMALLEST, STEEP, VOID
 from stepwell.theory.staircase import Array
-
-SMALLEST = 1e-13  # D stays positive where all noise dies out
-STEEP = 60.0  # exp(-60) is nothing beside 1
-VOID = 1e-100  # masses below are dropped: denormal numbers are slow
-HALF_STEPS = 4
 
 
 class Landscape(NamedTuple):

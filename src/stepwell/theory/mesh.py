@@ -12,9 +12,10 @@ import numpy as np
 
 from stepwell.theory.cells import lattice
 from stepwell.theory.closure import closure_state
-from stepwell.theory.fokker_planck import HALF_STEPS, Steps
+from stepwell.theory.fokker_planck import Steps
 from stepwell.theory.linear import linear_error, linear_state, rounded_error
 from stepwell.theory.problem import Problem
+from stepwell.theory.scheme import HALF_STEPS
 from stepwell.theory.staircase import Array, Staircase
 
 PER_STEP = 8  # coarse cells per spacing at least,
