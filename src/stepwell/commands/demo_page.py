@@ -166,8 +166,8 @@ def _shipping(story: Story) -> Section:
     ]
     verdict = "passes" if certificate.passed else "does NOT pass"
     text = (
-        f"The {shipped.bits}-bit network with the lowest validation loss was exported as ONNX on the grid that onnxruntime stores (the one "
-        f"it was made for), read back, and run on all test images. It {verdict}: codes, scales and logits are compared with what was trained."
+        f"The {shipped.bits}-bit network with the lowest validation loss was exported as ONNX on onnxruntime's grid (the one "
+        f"it was made for), read back, and run on all test images. It {verdict}: codes, scales and logits were compared with the trained ones."
     )
     return Section("What runs is what was trained", [text], tables=[Table(["", "onnxruntime against PyTorch"], rows)])
 
