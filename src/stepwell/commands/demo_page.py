@@ -167,7 +167,7 @@ def _shipping(story: Story) -> Section:
     verdict = "passes" if certificate.passed else "does NOT pass"
     text = (
         f"The {shipped.bits}-bit network with the lowest validation loss was exported as ONNX on onnxruntime's grid (the one "
-        f"it was made for), read back, and run on all test images. It {verdict}: codes, scales and logits were compared with the trained ones."
+        f"it was made for), read back, and run on all test images. It {verdict}: codes, scales and logits were compared."
     )
     return Section("What runs is what was trained", [text], tables=[Table(["", "onnxruntime against PyTorch"], rows)])
 
