@@ -39,6 +39,7 @@ CASES = {
     "ste, amsgrad": Case(lambda model: sw.ste(sw.nvfp4()), "adamw amsgrad"),
     "ste, later": Case(lambda model: sw.ste(Q), start=3),
     "ste, frozen": Case(lambda model: sw.ste(AFFINE), frozen="2.weight"),
+    "ste, frozen, later": Case(lambda model: sw.ste(AFFINE), start=2, frozen="2.weight"),
     "clipped ste": Case(lambda model: sw.ste(Q, clip=0.8)),
     "searched": Case(lambda model: sw.ste(sw.intn(3, block=16, scale="mse"))),
     "searched, affine": Case(lambda model: sw.ste(sw.intn(3, block=16, scale="mse", levels="affine")), start=2),

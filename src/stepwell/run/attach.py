@@ -51,7 +51,7 @@ class Run:
         self._warned = False
         self._shown: str | None = None
         self._incoming: dict[Optimizer, dict[Managed, dict[str, Any]]] = {}
-        self._stepper.begin_due()
+        self._stepper.begin_run()
         self._handles = [handle for optimizer in optimizers for handle in self._hooks(optimizer)]
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ class Run:
         self._stepper.repair()
         for one, latent in state.frozen_latents(entries, self._managed):
             one.weight.copy_(latent)
-            self._stepper.begin(one)
+            one.begun, one.latent = False, None  # it begins again, with the others
         if step is not None:
             self._stepper.jump(optimizer, step)
         missing = []

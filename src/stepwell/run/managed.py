@@ -92,10 +92,12 @@ class Managed:
 
         `tensor` is a local weight.
         """
-        if SCALE in self.tensors:
+        if self.begun and SCALE in self.tensors:
             return Fit(scales.store(self.tensors[SCALE], self.grid.scale_dtype, self.grid.scale_rounding))
-        if self.fit is not None or self.quantizer.scale_dtype != "e4m3":
+        if self.begun and self.fit is not None:
             return self.fit
+        if self.quantizer.scale_dtype != "e4m3":
+            return None
         return self.grid.fit(wide(self.blocks(tensor)))
 
     def refit(self, tensor: Tensor) -> None:
@@ -112,7 +114,7 @@ class Managed:
     def encode(self) -> Encoded:
         """Return the whole parameter's codes and scales, gathered from all shards."""
         shape, whole = tuple(self.parameter.shape), whole_tensor(like(self.parameter, self.source))
-        if self.fit is None and SCALE not in self.tensors:
+        if not self.begun or (self.fit is None and SCALE not in self.tensors):
             return self.quantizer.encode(whole)
         held = self.held_fit(self.source)
         assert held is not None

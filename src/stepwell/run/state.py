@@ -22,10 +22,9 @@ LATENT, STEP, FIT, OWN, FROZEN = "latent", "method_step", "method_fit_", "method
 def indices(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Managed]) -> Iterator[tuple[int, Managed]]:
     """Yield (index in the state dictionary, record) for the parameters that this optimizer holds."""
     owned = {id(one.parameter): one for one in managed if one.optimizer is optimizer}
-    for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
-        for index, parameter in zip(packed["params"], group["params"], strict=True):
-            if id(parameter) in owned:
-                yield index, owned[id(parameter)]
+    for index, parameter in _numbered(optimizer, state_dict):
+        if id(parameter) in owned:
+            yield index, owned[id(parameter)]
 
 
 def add(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Managed], step: int) -> dict[str, Any]:
@@ -34,15 +33,19 @@ def add(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Mana
     for index, one in indices(optimizer, state_dict, managed):
         entry = dict(state.get(index, {}))  # a copy: torch hands out its own dictionary
         entry[STEP] = torch.tensor(float(step))
-        if one.latent is not None:
-            entry[LATENT] = like(one.parameter, one.latent)
+        if one.method.deploy is not None:
+            entry[LATENT] = _latent(one)
         held = {} if one.fit is None else one.fit._asdict()
         entry.update({FIT + key: rows_like(one, part) for key, part in held.items() if part is not None})
         entry.update({OWN + key: rows_like(one, tensor) for key, tensor in one.tensors.items()})
         if one is _carrier(managed):
-            frozen = {FROZEN + other.name: other for other in managed if other.optimizer is None}
-            entry.update({key: like(other.parameter, other.latent) for key, other in frozen.items() if other.latent is not None})
+            frozen = [other for other in managed if other.optimizer is None and other.method.deploy is not None]
+            entry.update({FROZEN + other.name: _latent(other) for other in frozen})
         state[index] = entry
+    if not state_dict["state"]:  # torch.distributed.checkpoint takes no state at all, or some for every trained parameter
+        for index, parameter in _numbered(optimizer, state_dict):
+            if parameter.requires_grad:
+                state.setdefault(index, {STEP: torch.tensor(float(step))})
     return {**state_dict, "state": state}
 
 
@@ -102,6 +105,16 @@ def warn_missing(names: Sequence[str]) -> None:
         "holds. If this resumes a run, its `optimizer.state_dict()` was not saved with it, or was flattened.",
         stacklevel=4,
     )
+
+
+def _latent(one: Managed) -> Tensor:
+    """Return the latent weight; before the method starts a copy of the weight, as a checkpoint may be read into it."""
+    return like(one.parameter, one.weight.clone() if one.latent is None else one.latent)
+
+
+def _numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
+    for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        yield from zip(packed["params"], group["params"], strict=True)
 
 
 def _carrier(managed: Sequence[Managed]) -> Managed | None:

@@ -52,6 +52,13 @@ class Stepper:
     # Between steps.
 
     @torch.no_grad()
+    def begin_run(self) -> None:
+        """Create everything that a state dictionary holds, also for methods that start later: a checkpoint is read into what is there."""
+        for one in self._managed:
+            self._prepare(one)
+        self.begin_due()
+
+    @torch.no_grad()
     def begin_due(self) -> None:
         """Begin the method for every parameter whose start has come; a frozen one begins with the first of the others."""
         for one in self._managed:
@@ -62,13 +69,18 @@ class Stepper:
     @torch.no_grad()
     def begin(self, one: Managed) -> None:
         """Take the parameter's value as the weight to train, find its scales and deploy it."""
+        if self._start:
+            self._prepare(one)
         one.begun = True
-        if one.method.init is not None:
-            one.tensors = one.method.init(wide_blocks(one), one.grid)
-        one.refit(one.weight)
         if one.method.deploy is not None:
             one.latent = one.weight.clone(memory_format=torch.preserve_format)
             self.show(one)
+
+    def _prepare(self, one: Managed) -> None:
+        """Make the method's own tensors and search scales, from the parameter's value."""
+        if one.method.init is not None:
+            one.tensors = one.method.init(wide(one.blocks(one.weight)), one.grid)
+        one.refit(one.weight)
 
     def jump(self, optimizer: Optimizer, step: int) -> None:
         """Go to a step count that was loaded; methods that start later are not on yet, others are."""
@@ -76,7 +88,7 @@ class Stepper:
         if step < self._start:
             for one in self._managed:
                 if one.optimizer is optimizer:
-                    one.begun, one.latent, one.fit, one.tensors = False, None, None, {}
+                    one.begun, one.latent = False, None
         self.begin_due()
 
     @torch.no_grad()
@@ -121,11 +133,13 @@ class Stepper:
         self.repair()
         if not self._phases[optimizer].opens(frame):
             return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None and _creates_state(optimizer):
+            return None
         try:
             hooks.settle()
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
             if closure is None:
-                if not _creates_state(optimizer) and not _overflowed(optimizer):
+                if not _overflowed(optimizer):
                     self._open(optimizer, hooks.terms)
                 return None
         except BaseException:
@@ -268,11 +282,6 @@ class Stepper:
                 self.compiled = False
                 warnings.warn(f"torch.compile failed ({type(error).__name__}: {error}); the run goes on with the eager path.", stacklevel=2)
         passes.piecewise(work, one, context, tensors, *scalars)
-
-
-def wide_blocks(one: Managed) -> Tensor:
-    """Return a parameter's own value as `(blocks, block)`, float32 or float64."""
-    return wide(one.blocks(one.weight))
 
 
 def _scalar(value: float | Tensor, weight: Tensor) -> Tensor:
