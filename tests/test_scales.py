@@ -131,6 +131,13 @@ def test_the_mse_rule_is_never_worse_than_absmax_and_clearly_better_at_two_bits(
     assert found["mse"].sum() < 0.95 * found["absmax"].sum()
 
 
+@pytest.mark.parametrize("dtype", ["e8m0", "e4m3"])
+def test_the_mse_rule_helps_where_scales_are_coarse_too(dtype):
+    weight = gaussian(64, 64, seed=3)
+    absmax, mse = (intn(2, scale=rule, scale_dtype=dtype)(weight) for rule in ("absmax", "mse"))
+    assert float((mse - weight).square().sum()) < 0.95 * float((absmax - weight).square().sum())
+
+
 def test_the_mse_rule_finds_the_best_of_its_shrink_factors():
     weight = gaussian(1, 32, seed=4, dtype=torch.float64)
     quantizer = intn(3, block=None, scale="mse")

@@ -89,6 +89,14 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, 
     assert os.listdir(tmp_path) == ["one"]
 
 
+def test_who_reads_the_old_file_while_a_new_one_is_saved_reads_it_whole(tmp_path):
+    storage.save(int4().encode(gaussian(8, 64, seed=4)), tmp_path / "one")
+    before = (tmp_path / "one").read_bytes()
+    with open(tmp_path / "one", "rb") as reader:
+        storage.save(int4().encode(gaussian(8, 64, seed=5)), tmp_path / "one")
+        assert reader.read() == before != (tmp_path / "one").read_bytes()
+
+
 def test_files_get_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     storage.save(int4().encode(gaussian(8, 64, seed=6)), tmp_path / "one")

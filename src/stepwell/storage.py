@@ -127,7 +127,7 @@ def _damage(path: Path, where: str = "") -> Iterator[None]:
     """Turn whatever a damaged description leads to into one error."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError, OverflowError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
         what = str(error).rstrip(".") or type(error).__name__
         raise ValueError(f"`path`: {path} cannot be read: {where}{what}. Save it again, or fetch it again.") from error
 
