@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell.blocks import check_block, contraction, from_blocks, scale_shape, to_blocks
 
 
+@settings(max_examples=300)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple),
     block=st.sampled_from([None, "channel", 1, 2, 3]),
@@ -48,6 +49,11 @@ def test_expert_blocks_run_along_the_middle():
     weight = torch.arange(24.0).reshape(2, 4, 3)  # (experts, in, out)
     assert torch.equal(to_blocks(weight, 2, 1), to_blocks(weight.transpose(1, 2).reshape(6, 4), 2))
     assert torch.equal(to_blocks(weight, 2, 1), to_blocks(weight, 2, -2))
+
+
+def test_rows_stay_in_their_order_when_the_first_of_three_dimensions_is_contracted():
+    weight = torch.arange(24.0).reshape(2, 3, 4)
+    assert to_blocks(weight, "channel", 0).tolist() == [[k, k + 12] for k in range(12)]
 
 
 def test_blocks_of_a_contiguous_weight_are_a_view():
