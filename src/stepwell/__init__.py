@@ -20,6 +20,7 @@ _HOME = {
     "ste": "stepwell.methods.ste",
     "lotion": "stepwell.methods.lotion",
     "verify": "stepwell.export.parity",
+    "Testbed": "stepwell.testbed",
     **{name: f"stepwell.{name}" for name in ("ptq", "theory", "export", "methods")},
 }
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from stepwell.runtimes import target, targets
     from stepwell.selection import select
     from stepwell.storage import load, save
+    from stepwell.testbed import Testbed
 
 __all__ = [*sorted(_HOME), "__version__"]
 

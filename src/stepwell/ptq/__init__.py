@@ -1,5 +1,7 @@
-"""Rounding without training: one rule per file. Each function writes the grid weights in place and returns them encoded."""
+"""Rounding without training: one rule per file. Those that take a model write the grid weights in place and return them encoded."""
 
+from stepwell.ptq.exact_scale import exact_scale
 from stepwell.ptq.rtn import rtn
+from stepwell.ptq.scale_search import scale_search
 
-__all__ = ["rtn"]
+__all__ = ["exact_scale", "rtn", "scale_search"]
