@@ -98,7 +98,8 @@ def _gathered(problem: Problem, weights: Staircase, level: float, edges: tuple[f
         return Estimate("in-cell", crossing, height, crossing)
     distance, step = edges[1] - place, weights.steps[np.searchsorted(weights.thresholds, edges[1])]
     window = closure(replace(problem, method="ste", clip=None), np.linspace(0.0, horizon, 401)).error
-    share = 0.1 * float(window[0] - np.min(window)) / ((2 * a * root * step - rho * step**2) / 2)
+    gain = (2 * a * root * step - rho * step**2) / 2  # by which the next level lowers the error
+    share = 0.1 * float(window[0] - np.min(window)) / gain if gain > 0 else np.inf
     scale = distance / speed
     diffusion = problem.lr**2 * rho * (problem.teacher_power + problem.label_noise**2)
     if not 0 < share < 1:

@@ -1,7 +1,7 @@
 """Problem: the constants of one solvable model, high-dimensional linear regression with quantized weights and inputs.
 
-Source: "The learning dynamics of quantized linear regression" (arXiv:2510.10693) for the model; the equations are derived
-again in the modules beside this one.
+Source: Ichikawa, Kashiwamura, Sakata, "High-Dimensional Learning Dynamics of Quantized Models with Straight-Through Estimator"
+(arXiv:2510.10693) for the model; the equations are derived again in the modules beside this one.
 Symbols: eta = lr, sigma = label_noise, lam = weight_decay, R = teacher_power, m0 = initial_overlap, v0 = initial_variance,
 a = E[x phi(x)], rho = E[phi(x)^2] for x ~ N(0, 1), phi = input quantizer, psi = weight quantizer.
 """
