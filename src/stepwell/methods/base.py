@@ -26,7 +26,7 @@ class Context(NamedTuple):
             correction of Adam's second moment; 1 where the caller gives the curvature.
         fit: scales that the Run holds (searched, learned, or spanning the whole tensor); None means refit from the weight.
         tensors: the method's own tensors for these rows, as `init` made them; they may be updated in place.
-        key: of this parameter's random stream at this step.
+        key: 0-dim int64, of this parameter's random stream at this step.
         offset: index of the first element of the first row within the whole parameter.
     """
 
@@ -36,7 +36,7 @@ class Context(NamedTuple):
     loss_terms: Tensor
     fit: Fit | None
     tensors: Mapping[str, Tensor]
-    key: int
+    key: Tensor
     offset: int
 
     def fitted(self, weight: Tensor) -> Fit:
@@ -61,11 +61,13 @@ class Method(NamedTuple):
     Attributes:
         quantizer: the grid that the method aims at and that `finalize` rounds to.
         name: short, for tables and messages.
-        deploy: `(weight, context)` -> what the forward pass sees. With it, the Run keeps the latent weights.
+        deploy: `(weight, context)` -> what the forward pass sees. With it, the Run keeps the latent weights. It may depend on the step, on
+            draws and on own tensors, not on `lr` and `loss_terms`: what it gave must be found again later.
         gradient: `(gradient, weight, deployed, context)` -> the gradient that the optimizer sees.
         push: `(weight, curvature, context)` -> gradient of a penalty, fed to the first moment only.
         prox: `(weight, curvature, context)` -> the weight after the optimizer's step.
-        init: `(weight, quantizer)` -> the method's own tensors, each with one row per block.
+        init: `(weight, quantizer)` -> the method's own tensors, each with one row per block. One called "scale", `(blocks, 1)`, is the
+            scale of every block from then on: the Run holds it as `context.fit` and encodes with it.
         curvature: `(blocks, block)` positive numbers come from here: None is the optimizer's bias-corrected second moment; else a mapping
             or function from parameter name to a tensor of the parameter's shape.
         loss_terms: loss terms averaged per optimizer step, where the method counts them; None where the Run is told.

@@ -4,7 +4,9 @@ Source: Kwun et al., "LOTION: Smoothing the Optimization Landscape for Quantized
 loss + strength/2 * sum_i g_i (x_i - lower_i)(upper_i - x_i), with g the diagonal of the Gauss-Newton matrix.
 Symbols: g = curvature, s = scale, z = weight / s, r = z - round(z), f = slope of D (1 - D) with D the place of the weight in its cell.
 Differs: g is Adam's bias-corrected second moment of the *task* gradient, times the loss terms averaged per step; the penalty feeds the
-first moment only (fed to both it blows up); the scale is differentiated (the paper leaves this open; it is the most valuable choice).
+first moment only (fed to both it blows up), bounded by ten times the weight's own root mean square gradient (Adam would throw away a
+block's largest weight if that has no curvature of its own); the scale is differentiated (the paper leaves this open; it is the most
+valuable choice).
 """
 
 import math

@@ -39,21 +39,27 @@ def first(one: Managed) -> Tensor:
     return local(one.optimizer.state[one.parameter]["exp_avg"])
 
 
+def second(one: Managed) -> Tensor:
+    """Return the local part of the second moment, uncorrected."""
+    assert one.optimizer is not None
+    return local(one.optimizer.state[one.parameter]["exp_avg_sq"])
+
+
 def curvature(one: Managed) -> Tensor:
     """Return the curvature, of the parameter's local shape; Adam's second moment is left uncorrected, to save a pass."""
     given = one.method.curvature
     if given is not None:
         return local(given(one.name) if callable(given) else given[one.name]).to(one.weight)
-    if not one.method.curved:
-        return one.weight
-    assert one.optimizer is not None
-    return local(one.optimizer.state[one.parameter]["exp_avg_sq"])
+    return second(one) if one.method.curved else one.weight
 
 
 def correction(one: Managed) -> Tensor | float:
-    """Return the bias correction of Adam's second moment, 0-dim; 0 before the first step, and 1 for curvature that is not Adam's."""
-    if not reads_moments(one.method):
-        return 1.0
+    """Return what turns the curvature into the loss's own: Adam's bias correction, and 1 for curvature that is not Adam's."""
+    return bias(one) if reads_moments(one.method) else 1.0
+
+
+def bias(one: Managed) -> Tensor:
+    """Return the bias correction of Adam's second moment, 0-dim; 0 before the first step."""
     assert one.optimizer is not None
     step = torch.as_tensor(one.optimizer.state[one.parameter]["step"]).double()
     return torch.where(step > 0, 1 / (1 - float(one.group["betas"][1]) ** step), 0.0)

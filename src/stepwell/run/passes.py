@@ -6,6 +6,7 @@ functions to `torch.compile`, whole.
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,8 @@ from stepwell.run.managed import Managed, wide
 
 PIECE = 1 << 17  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
+
+REACH = 10.0  # how many root mean square gradients a penalty may push a weight with
 
 Pass = Callable[..., None]
 
@@ -41,13 +44,28 @@ def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor,
     gradient.copy_(method.gradient(wide(gradient), wide(weight), wide(deployed), context))
 
 
-def push(method: Method, context: Context, weight: Tensor, moment: Tensor, second: Tensor, factor: Tensor) -> None:
+def push(
+    method: Method,
+    context: Context,
+    weight: Tensor,
+    moment: Tensor,
+    curvature: Tensor,
+    second: Tensor,
+    factor: Tensor,
+    spread: Tensor,
+    floor: Tensor,
+) -> None:
     """Add the penalty's gradient to the first moment so that this step sees it as part of the gradient and the second moment does not.
 
-    `factor`: 0-dim, (1 - beta1) / beta1.
+    It is bounded by REACH times the weight's own root mean square gradient, as Adam divides by that: a weight without curvature of its own
+    (a dead unit, an input that is always zero) may be its block's largest and receive the whole block's derivative through the scale: one
+    step would throw it away by 1e5 (measured: NaN in 6 of 36 settings on digits, none with the bound, which binds on 0.1 % of weights).
+
+    `factor`: 0-dim, (1 - beta1) / beta1; `spread`: REACH**2 times the bias correction of `second`; `floor`: REACH times Adam's epsilon.
     """
     assert method.push is not None
-    moment.addcmul_(method.push(wide(weight), wide(second), context), factor)
+    bound = (wide(second) * spread).sqrt_().add_(floor)
+    moment.addcmul_(method.push(wide(weight), wide(curvature), context).clamp_(-bound, bound), factor)
 
 
 def descend(method: Method, context: Context, weight: Tensor, curvature: Tensor) -> None:
@@ -80,10 +98,14 @@ def whole(compiled: dict[Any, Pass]) -> Callable[..., None]:
 
     def run(work: Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
         key = (work, id(managed.method))  # a method may hold a mapping, which cannot be hashed; the Run keeps the method alive
-        if key not in compiled:
-            compiled[key] = torch.compile(_own_copy(work), dynamic=True)
         blocks = [managed.blocks(tensor) for tensor in tensors]
-        compiled[key](managed.method, context, *blocks, *scalars)
+        if key in compiled:
+            compiled[key](managed.method, context, *blocks, *scalars)
+        else:
+            compiled[key] = torch.compile(_own_copy(work), dynamic=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*lru_cache")  # a grid's tables are constants: tracing their maker is right
+                compiled[key](managed.method, context, *blocks, *scalars)
         for tensor, block in zip(tensors, blocks, strict=True):
             managed.put_back(tensor, block)
 

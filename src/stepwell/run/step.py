@@ -244,9 +244,11 @@ class Stepper:
         if one.method.push is None or not moments.exact(one.optimizer, one.group) or moments.step_of(one) is None:
             return False
         beta = float(one.group["betas"][0])
-        factor = _scalar((1 - beta) / beta * (-1 if undo else 1), one.weight)
-        context = self._context(one, terms * moments.correction(one))
-        self._run(passes.push, one, context, [one.weight, moments.first(one), moments.curvature(one)], factor)
+        factor = (1 - beta) / beta * (-1 if undo else 1)
+        reach = (passes.REACH**2 * moments.bias(one), passes.REACH * float(one.group["eps"]))
+        scalars = (_scalar(number, one.weight) for number in (factor, *reach))
+        tensors = [one.weight, moments.first(one), moments.curvature(one), moments.second(one)]
+        self._run(passes.push, one, self._context(one, terms * moments.correction(one)), tensors, *scalars)
         return True
 
     def _context(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Context:
@@ -260,7 +262,7 @@ class Stepper:
             loss_terms=_scalar(terms, source),
             fit=one.held_fit(source),
             tensors=one.tensors,
-            key=randomness.stream(self._seed, step, one.name),
+            key=torch.full((), randomness.stream(self._seed, step, one.name), dtype=torch.int64, device=source.device),
             offset=one.offset,
         )
 
