@@ -19,12 +19,12 @@ def stream(seed: int, step: int, name: str) -> int:
 
 
 def uniform(
-    key: int, shape: tuple[int, ...], *, offset: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    key: int | Tensor, shape: tuple[int, ...], *, offset: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Tensor:
     """Return uniform draws in [0, 1).
 
     Args:
-        key: from `stream`.
+        key: from `stream`; a 0-dim int64 tensor where this is compiled, so that a new key is no new graph.
         shape: of the result, filled in row-major order with elements `offset, offset + 1, ...` of the stream.
         offset: index of the first element within the whole parameter.
         dtype: float32 (24 random bits) or float64 (53).
@@ -33,19 +33,19 @@ def uniform(
     count = 1
     for size in shape:
         count *= size
-    word = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
+    word = torch.arange(offset, offset + count, dtype=torch.int64, device=device).reshape(shape)
     word = word.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         word = word.bitwise_xor_(_right(word, shift)).mul_(_signed(factor))
     word = word.bitwise_xor_(_right(word, 31))
     bits = 24 if dtype == torch.float32 else 53
-    drawn = _right(word, 64 - bits).to(dtype).mul_(2.0**-bits)
-    return drawn.reshape(shape)
+    return _right(word, 64 - bits).to(dtype).mul_(2.0**-bits)
 
 
 def _right(word: Tensor, shift: int) -> Tensor:
     """Shift right without copying the sign down."""
-    return (word >> shift) & (2 ** (64 - shift) - 1)
+    mask: int = 2 ** (64 - shift) - 1
+    return (word >> shift) & mask
 
 
 def _signed(word: int) -> int:
