@@ -120,18 +120,7 @@ class Valley:
 
     def gradient(self, x: ArrayLike) -> Array:
         """Return the gradient `(*, d)` at points `(*, d)`; the wall's part is exactly zero in the basin."""
-        points, frame = self._points(x), self._frame
-        n, slopes = self._frame.normal(points)
-        excess = self._frame.size(n) - self.half_width
-        size = np.where(excess > EDGE, excess + self.half_width, 1.0)
-        steepness = np.where(excess > EDGE, self._wall.steepness(np.maximum(excess, 0.0)), 0.0)
-        force = n * (self.curvature + (steepness / size)[..., None] * frame.anisotropy**2)
-        total = force @ slopes if self.bend is None else force * slopes
-        if frame.river is not None:
-            total = total - self.river_slope * frame.river
-        if self._hessian is not None:
-            total = total + (points - frame.center) @ self._hessian
-        return total
+        return self._gradient(self._points(x))
 
     def rtn(self, x: ArrayLike) -> Array:
         """Return points `(*, d)` rounded to the nearest lattice point, halves up."""
@@ -183,13 +172,32 @@ class Valley:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 0 <= steps < MAX_RECORD / self._frame.dim:
             raise ValueError(f"`steps` must be an integer from 0 to {MAX_RECORD // self._frame.dim:,}: got {steps!r}.")
         latent, deployed = np.empty((2, steps + 1, self._frame.dim))
-        for k in range(steps + 1):
-            latent[k], deployed[k] = point, self._lattice.nearest(point)
-            with np.errstate(over="ignore", invalid="ignore"):
-                point = point - lr * self.gradient(deployed[k])
-            if not np.isfinite(point).all():
-                raise ValueError(f"`lr` must be small enough for a run that stays finite: got {lr!r}, which diverges at step {k}.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            for k in range(steps + 1):
+                latent[k], deployed[k] = point, self._lattice.nearest(point)
+                gradient = self._gradient(deployed[k])
+                if not gradient.any():  # on a flat floor the run has ended
+                    latent[k + 1 :], deployed[k + 1 :] = latent[k], deployed[k]
+                    break
+                point = point - lr * gradient
+                if not np.isfinite(point).all():
+                    raise ValueError(f"`lr` must be small enough for a run that stays finite: got {lr!r}, which diverges at step {k}.")
         return Recovery(deployed, latent, np.asarray(self.inside(deployed)), self._bounds(latent[0], deployed[0], lr))
+
+    def _gradient(self, points: Array) -> Array:
+        """Return the gradient at points that need no checks."""
+        frame = self._frame
+        n, slopes = self._frame.normal(points)
+        excess = self._frame.size(n) - self.half_width
+        size = np.where(excess > EDGE, excess + self.half_width, 1.0)
+        steepness = np.where(excess > EDGE, self._wall.steepness(np.maximum(excess, 0.0)), 0.0)
+        force = n * (self.curvature + (steepness / size)[..., None] * frame.anisotropy**2)
+        total = force @ slopes if self.bend is None else force * slopes
+        if frame.river is not None:
+            total = total - self.river_slope * frame.river
+        if self._hessian is not None:
+            total = total + (points - frame.center) @ self._hessian
+        return total
 
     def _bounds(self, start: Array, deployed: Array, lr: float) -> Bounds:
         """Return the theorems' bounds; they hold for a straight river, a wall and curvature across it only, and an unbounded lattice."""
