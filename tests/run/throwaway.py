@@ -62,7 +62,7 @@ def pulled_by_curvature(quantizer: Quantizer) -> Method:
         force = context.lr * context.loss_terms * curvature
         return weight + force / (1 + force) * (round_nearest(weight, context) - weight)
 
-    return Method(quantizer, "pulled by curvature", prox=prox, loss_terms=1e5)
+    return Method(quantizer, "pulled by curvature", prox=prox, loss_terms=1e6)
 
 
 def taught(quantizer: Quantizer, strength: float = 0.1) -> Method:
