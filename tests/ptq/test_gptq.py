@@ -135,6 +135,31 @@ def test_a_shared_weight_sees_the_inputs_of_all_its_layers():
     assert np.abs(encoded["0.weight"].decode().numpy() - by_the_paper(before, torch.cat([x, hidden]))).max() < 1e-6
 
 
+class Projections(nn.Module):
+    """Two layers on one input, a third on the same tensor after it was written to, all behind a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.one, self.two, self.three = (nn.Linear(16, 16) for _ in range(4))
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        x = torch.tanh(self.front(x))
+        total = self.one(x) + self.two(x)
+        return total + self.three(x.mul_(2).add_(torch.arange(16)))
+
+
+def test_layers_on_one_input_share_a_pass_and_a_written_input_is_another():
+    torch.manual_seed(0)
+    model = Projections().double()
+    apart = {name: sw.ptq.gptq(copy.deepcopy(model), {"front": Q, name: Q}, data())[f"{name}.weight"] for name in ("one", "two", "three")}
+    encoded = sw.ptq.gptq(model, Q, data())
+    assert all(torch.equal(encoded[f"{name}.weight"].codes, alone.codes) for name, alone in apart.items())
+    # three batches: once to see the order, then for front, for one and two together, and for three
+    assert model.passes == 3 * (1 + 3)
+
+
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3),
     nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),

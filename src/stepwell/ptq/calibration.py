@@ -14,14 +14,22 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[[nn.Module, Any], Any]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 PATCHES = 1 << 24  # numbers that are unfolded at once
 
 
 class Use(NamedTuple):
-    """How the forward pass uses a parameter: the modules that hold it, and the most calls that one forward pass makes to them."""
+    """How the forward pass uses a parameter.
+
+    Attributes:
+        modules: that hold it.
+        calls: the most that one forward pass makes to them.
+        twin: the parameter used right before it on the very same input, as the projections of an attention are; None where there is none.
+    """
 
     modules: list[nn.Module]
     calls: int
+    twin: str | None
 
 
 class _Enough(BaseException):
@@ -65,17 +73,26 @@ def uses(model: nn.Module, modules: Mapping[str, list[nn.Module]], batches: Sequ
     """
     calls: dict[str, int] = {}
     most: dict[str, int] = {}
+    twins: dict[str, str | None] = {}
+    last: tuple[str, Tensor, int] | None = None  # holds the input itself, so that no other tensor takes its place in memory
 
     def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+            nonlocal last
             calls[name] = calls.get(name, 0) + 1
+            x = _input(inputs, options)
+            version = -1 if x.is_inference() else x._version  # inference tensors may be written without a trace
+            twin = last[0] if last and last[1] is x and last[2] == version >= 0 and not isinstance(module, CONVOLUTIONS) else None
+            twins[name] = twin if twins.get(name, twin) == twin else None
+            last = (name, x, version)
 
         return hook
 
-    handles = [module.register_forward_pre_hook(count(name)) for name, each in modules.items() for module in each]
+    handles = [module.register_forward_pre_hook(count(name), with_kwargs=True) for name, each in modules.items() for module in each]
     try:
         for batch in batches:
             calls.clear()
+            last = None
             forward(model, batch)
             for name, number in calls.items():
                 most[name] = max(most.get(name, 0), number)
@@ -88,7 +105,8 @@ def uses(model: nn.Module, modules: Mapping[str, list[nn.Module]], batches: Sequ
             f"`batches` never reach {shown}: got {len(batches)} batches, "
             f"which call {len(most)} of {len(modules)} layers. Calibrate with data that uses them, or leave them out with `skip=[...]`."
         )
-    return {name: Use(modules[name], number) for name, number in most.items()}
+    once = {name for name, number in most.items() if number == 1}
+    return {name: Use(modules[name], number, twins[name] if {name, twins[name]} <= once else None) for name, number in most.items()}
 
 
 def second_moment(model: nn.Module, use: Use, batches: Iterable[Any], forward: Forward) -> Tensor:
@@ -97,8 +115,7 @@ def second_moment(model: nn.Module, use: Use, batches: Iterable[Any], forward: F
 
     def tap(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         nonlocal total, rows
-        x = inputs[0] if inputs else options["x" if "x" in options else "input"]
-        for part in columns(module, x.detach()):
+        for part in columns(module, _input(inputs, options).detach()):
             if total is None:
                 total = part.new_zeros(len(part), part.shape[1], part.shape[1])
             total.baddbmm_(part, part.mT)
@@ -122,7 +139,7 @@ def columns(module: nn.Module, x: Tensor) -> Iterable[Tensor]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     x = x.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+    if not isinstance(module, CONVOLUTIONS):
         yield x.reshape(-1, x.shape[-1]).T[None]
         return
     # a convolution along one dimension is one of height 1
@@ -142,7 +159,14 @@ def _is_product(module: nn.Module) -> bool:
     """Say whether a module multiplies its weight with its input; attention calls its output projection's weight, not the module."""
     kind = type(module).__name__
     linear = isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear"
-    return linear or isinstance(module, nn.Conv1d | nn.Conv2d) or kind == "Conv1D"
+    return linear or isinstance(module, CONVOLUTIONS) or kind == "Conv1D"
+
+
+def _input(inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """Return the input of a layer that is called by position or by keyword."""
+    x = inputs[0] if inputs else options["x" if "x" in options else "input"]
+    assert isinstance(x, Tensor)
+    return x
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -1,8 +1,9 @@
 """GPTQ: rounding that lets every column make up for the errors of those before it, measured on calibration data.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv:2210.17323).
-Layers are rounded in the order of the forward pass, each on inputs that come from the rounded layers before it. Every layer costs one pass
-over the batches up to itself, and one Hessian of its own size is held at a time. The rounding of one weight is in `sequential`.
+Layers are rounded in the order of the forward pass, each on inputs that come from the rounded layers before it. Every input, which several
+projections may share, costs one pass over the batches up to it, and one Hessian is held at a time. The rounding of one weight is in
+`sequential`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepwell.ptq.calibration import Forward, holders, run_batch, second_moment, uses
 from stepwell.ptq.chosen import Chosen, chosen
@@ -74,11 +75,13 @@ def gptq(
         order_of_use = uses(model, modules, kept, run)
         for name, one in encoded.items():
             by_name[name].parameter.copy_(one.decode())
+        measured: tuple[str, Tensor] | None = None
         for name, use in order_of_use.items():
             if name in encoded:
                 continue
             row = by_name[name]
-            hessian = second_moment(model, use, kept, run)
+            hessian = measured[1] if measured and measured[0] == use.twin else second_moment(model, use, kept, run)
+            measured = (name, hessian)
             encoded[name] = sequential(row.parameter, hessian, row.quantizer, damping=damping, order=order, name=name)
             row.parameter.copy_(encoded[name].decode())
             if on_layer is not None:
