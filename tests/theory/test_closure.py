@@ -59,7 +59,7 @@ def test_without_numba_the_numbers_are_the_same(name, without_numba, monkeypatch
     row = ROWS[name]
     plain = closure(row.problem, row.times)
     monkeypatch.undo()
-    np.testing.assert_allclose(plain.error, closure(row.problem, row.times).error, atol=1e-7)  # both integrate to 1e-8
+    np.testing.assert_allclose(plain.error, closure(row.problem, row.times).error, atol=1e-8)  # both integrate to 1e-9
 
 
 def test_a_temperature_of_zero_is_the_limit():
@@ -77,8 +77,16 @@ def test_a_fine_wide_grid_is_no_grid():
     # what is left is rho Delta^2 / 12 in q_psi: half of it in the error at first, growing to Delta^2 / 12 (2 - eta) times
     fine, times = Staircase(12, 8.0), np.linspace(0, 20, 9)
     gap = closure(Problem(fine, lr=0.2, label_noise=0.5), times).error - unquantized(Problem(None, lr=0.2, label_noise=0.5), times).error
-    np.testing.assert_allclose(gap[0], fine.spacing**2 / 24, atol=2e-8)
-    np.testing.assert_allclose(gap[-1], fine.spacing**2 / 12 / 1.8, atol=2e-8)
+    np.testing.assert_allclose(gap[0], fine.spacing**2 / 24, atol=1e-9)
+    np.testing.assert_allclose(gap[-1], fine.spacing**2 / 12 / 1.8, atol=5e-9)
+
+
+@pytest.mark.parametrize("teacher", ["one", "gauss"])
+def test_sixteen_bits_are_unquantized_to_eight_digits(teacher):
+    # Delta = 2.4e-4: Delta^2 / 12 (2 - eta) = 2.8e-9
+    times = np.linspace(0, 20, 9)
+    quantized = closure(Problem(Staircase(16, 8.0), lr=0.2, label_noise=0.5, teacher=teacher), times).error
+    np.testing.assert_allclose(quantized, unquantized(Problem(None, lr=0.2, label_noise=0.5), times).error, atol=1e-8)
 
 
 def test_status_of_a_target_beyond_the_grid():

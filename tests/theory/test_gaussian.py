@@ -6,7 +6,7 @@ from scipy.stats import multivariate_normal
 from tests.reference.closure import mean
 
 from stepwell.theory import Staircase
-from stepwell.theory.gaussian import bivariate, moments
+from stepwell.theory.gaussian import bivariate, levels, moments
 
 UNEVEN = Staircase(3, 2.0, "levels", values=(-2.0, -0.9, -0.2, 0.1, 1.4, 1.9))
 
@@ -24,6 +24,13 @@ def test_moments_are_the_integrals(staircase, mu, s, temperature):
     assert got.mean == pytest.approx(expect(lambda w: float(psi(w))), abs=1e-9)
     assert got.square == pytest.approx(expect(lambda w: float(psi(w)) ** 2), abs=1e-9)
     assert got.product == pytest.approx(expect(lambda w: w * float(psi(w))), abs=1e-9)
+
+
+@pytest.mark.parametrize("staircase", [Staircase(3, 1.5), Staircase(16, 2.0), Staircase(2, 1.0, temperature=0.2)], ids=str)
+def test_the_short_form_agrees_with_all_moments(staircase):
+    mu, s = np.linspace(-1, 2, 50), np.geomspace(1e-12, 2, 50)
+    g = moments(staircase, mu, s)
+    np.testing.assert_allclose(levels(staircase, mu, s), (g.mean, g.square), atol=1e-12)
 
 
 def test_slope_is_the_derivative_of_the_mean():

@@ -22,7 +22,7 @@ from stepwell.theory.problem import Problem, check_times
 from stepwell.theory.staircase import Array, Staircase
 from stepwell.theory.trajectory import Status, Trajectory
 
-RTOL, ATOL = 1e-8, 1e-11
+RTOL, ATOL = 1e-9, 1e-12
 RUNAWAY = "The target lies at or beyond the highest level: the latent weights leave the grid for good, the error still converges."
 
 Derivative = Callable[..., Any]

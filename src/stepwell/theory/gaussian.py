@@ -19,6 +19,17 @@ CHUNK = 2_000_000
 NEVER_ZERO = 1e-150  # the formula divides by its arguments
 
 
+def levels(staircase: Staircase, mu: ArrayLike, s: ArrayLike) -> tuple[Array, Array]:
+    """Return E[psi] and E[psi^2] alone, for a hard staircase in two thirds of the time of `moments`."""
+    if staircase.temperature > 0 or np.size(mu) * len(staircase.thresholds) > CHUNK:
+        g = moments(staircase, mu, s)
+        return g.mean, g.square
+    mu_, s_ = np.asarray(mu, dtype=float), np.maximum(s, FLOOR * staircase.range)
+    above = ndtr((mu_[..., None] - staircase.thresholds) / s_[..., None])
+    low = staircase.levels[0]
+    return low + above @ staircase.steps, low**2 + above @ np.diff(staircase.levels**2)
+
+
 class Moments(NamedTuple):
     """Expectations under w ~ N(mu, s^2), each of the broadcast shape of mu and s."""
 

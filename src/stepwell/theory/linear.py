@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepwell.theory.gaussian import moments
+from stepwell.theory.gaussian import levels, moments
 from stepwell.theory.problem import Problem, check_times
 from stepwell.theory.staircase import Array, Staircase
 from stepwell.theory.trajectory import Stationary, Status, Trajectory
@@ -52,13 +52,12 @@ def rounded_error(problem: Problem, weights: Staircase, state: State) -> Array:
     """Return eps_g of the rounded weights where the latent ones are Gaussian with this state, `(times,)`."""
     a, rho, R = problem.gain, problem.power, problem.teacher_power
     if problem.teacher == "one":
-        g = moments(weights, state.m / np.sqrt(R), np.sqrt(state.v))
-        overlap = np.sqrt(R) * g.mean
+        mean, square = levels(weights, state.m / np.sqrt(R), np.sqrt(state.v))
+        overlap = np.sqrt(R) * mean
     else:
-        q = state.v + state.m**2 / R
-        g = moments(weights, 0.0, np.sqrt(q))
-        overlap = state.m * g.product / np.maximum(q, np.finfo(float).tiny)
-    return np.asarray((R - 2 * a * overlap + rho * g.square) / 2)
+        g = moments(weights, 0.0, np.sqrt(state.v + state.m**2 / R))
+        overlap, square = state.m * g.slope, g.square
+    return np.asarray((R - 2 * a * overlap + rho * square) / 2)
 
 
 def unquantized(problem: Problem, times: ArrayLike) -> Trajectory:

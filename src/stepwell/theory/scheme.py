@@ -13,16 +13,16 @@ HALF_STEPS = 4  # implicit half steps at the start
 
 
 def hard_order_parameters(t: float, y: Array, constants: Array, levels: Array, thresholds: Array, gauss: bool) -> Array:
-    """Return `closure.order_parameters` at temperature 0, as loops; only thresholds within 9 s are visited."""
+    """Return `closure.order_parameters` at temperature 0, as loops; thresholds beyond 7 s are skipped, where Phi is 0 or 1."""
     a, rho, eta, lam, R, noise, floor = constants
     m, v = y[0], max(y[1], 0.0)
     mu, s = (0.0, sqrt(v + m * m / R)) if gauss else (m / sqrt(R), sqrt(v))
     s = max(s, floor)
-    first = np.searchsorted(thresholds, mu - 9 * s)
+    first = np.searchsorted(thresholds, mu - 7 * s)
     mean, square, slope = levels[first], levels[first] ** 2, 0.0
     for k in range(first, len(thresholds)):
         z = (thresholds[k] - mu) / s
-        if z > 9:
+        if z > 7:
             break
         above, step = 0.5 * erfc(z * 0.7071067811865476), levels[k + 1] - levels[k]
         mean += step * above
