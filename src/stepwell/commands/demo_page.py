@@ -33,7 +33,8 @@ def _lead(story: Story) -> str:
     return (
         f"{len(story.config.seeds)} networks were trained on scikit-learn's digits in full precision and taken to {widths} bits per weight "
         f"by rounding (RTN) and by training (STE-QAT, LOTION, both together) with the same number of steps on the same batches. "
-        "All numbers are from images that were used neither for training nor for choosing anything."
+        "All numbers are from held-out images that chose nothing: network and budget were settled on other splits of the images, learning "
+        "rates on validation images."
     )
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 SIDE = 8  # pixels
 TRAIN, VALIDATION = 997, 250  # of 1797 images; the remaining 550 are the test set
-SPLIT_SEED = 0
+SPLIT_SEED = 20261120  # network and budget were settled on other splits; this one was drawn once, for the results
 
 
 class Images(NamedTuple):
