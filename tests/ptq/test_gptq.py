@@ -272,6 +272,8 @@ class Branches(nn.Module):
     [
         (Branches, Q, data(), {}, ValueError, "`batches` never reach 'unused.weight': got 3 batches, which call 1 of 2"),
         (network, Q, [], {}, ValueError, "`batches`.*no batch"),
+        (network, Q, data()[0], {}, TypeError, "`batches`.*got a Tensor"),
+        (network, Q, 3, {}, TypeError, "`batches`.*got a int"),
         (network, Q, [data()[0] * torch.nan], {}, ValueError, "`hessian` of '0.weight' must be finite"),
         (network, Q, data(), {"damping": -1}, ValueError, "`damping`.*-1"),
         (network, Q, data(), {"order": "best"}, ValueError, "`order`.*'best'"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepwell.ptq.calibration import Forward, holders, run_batch, second_moment, uses
+from stepwell.ptq.calibration import Forward, Use, holders, run_batch, second_moment, uses
 from stepwell.ptq.chosen import Chosen, chosen
 from stepwell.ptq.sequential import Order, check_options, sequential
 from stepwell.quantizers import Encoded, Quantizer
@@ -52,7 +52,7 @@ def gptq(
         Encoded weights by parameter name, in the model's order. `encoded[name].decode()` equals the float32 parameter bit for bit.
 
     Raises:
-        TypeError: something that is no `Quantizer` where one belongs.
+        TypeError: something that is no `Quantizer` where one belongs; one batch in place of a list of them.
         ValueError: no batches, batches that never reach a layer (which is named), inputs that are not finite, a weight whose inputs are not
             those of a Linear, Conv1d, Conv2d or Conv1D, options out of range, `done` that does not fit, and what `rtn` refuses.
 
@@ -65,9 +65,7 @@ def gptq(
     """
     check_options(damping, order)
     rows = chosen(model, quantizer, skip=skip)
-    kept = list(batches)
-    if not kept:
-        raise ValueError("`batches` must hold calibration data: got no batch. A few hundred inputs are enough.")
+    kept = _kept(batches)
     modules = holders(model, {row.name: row.parameter for row in rows})
     encoded = _checked(done, rows)
     run, by_name = forward or run_batch, {row.name: row for row in rows}
@@ -75,18 +73,35 @@ def gptq(
         order_of_use = uses(model, modules, kept, run)
         for name, one in encoded.items():
             by_name[name].parameter.copy_(one.decode())
-        measured: tuple[str, Tensor] | None = None
-        for name, use in order_of_use.items():
-            if name in encoded:
-                continue
+        for name, hessian in _hessians(model, order_of_use, kept, run, leave=set(encoded)):
             row = by_name[name]
-            hessian = measured[1] if measured and measured[0] == use.twin else second_moment(model, use, kept, run)
-            measured = (name, hessian)
             encoded[name] = sequential(row.parameter, hessian, row.quantizer, damping=damping, order=order, name=name)
             row.parameter.copy_(encoded[name].decode())
             if on_layer is not None:
                 on_layer(name, encoded[name])
     return {row.name: encoded[row.name] for row in rows}
+
+
+def _kept(batches: Iterable[Any]) -> list[Any]:
+    """Return the batches as a list, or refuse what is none."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be an iterable of batches: got a {type(batches).__name__}. Write [batch] for a single one.")
+    kept = list(batches)
+    if not kept:
+        raise ValueError("`batches` must hold calibration data: got no batch. A few hundred inputs are enough.")
+    return kept
+
+
+def _hessians(
+    model: nn.Module, order_of_use: Mapping[str, Use], batches: Sequence[Any], run: Forward, *, leave: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and its Hessian, measured with the weights as they are then; twins share one."""
+    measured: tuple[str, Tensor] | None = None
+    for name, use in order_of_use.items():
+        if name not in leave:
+            hessian = measured[1] if measured and measured[0] == use.twin else second_moment(model, use, batches, run)
+            measured = (name, hessian)
+            yield measured
 
 
 def _checked(done: Mapping[str, Encoded] | None, rows: list[Chosen]) -> dict[str, Encoded]:
