@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import processor
 from torch import Tensor
 
 import stepwell as sw
@@ -85,12 +86,6 @@ def measure(compared: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str,
         print(f"\rround {turn} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return times
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (named or [platform.processor() or "unknown processor"])[0]
 
 
 def main() -> None:

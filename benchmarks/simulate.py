@@ -22,6 +22,7 @@ from threading import Event
 
 import numba
 import numpy as np
+from common import processor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the reference of the tests
@@ -118,12 +119,6 @@ def measure(rounds: int) -> dict[str, list[float]]:
         print(f"\rround {turn} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return times
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (named or [platform.processor() or "unknown processor"])[0]
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import processor
 from torch import nn
 
 import stepwell as sw
@@ -148,20 +149,13 @@ def summarise(rounds: int) -> dict[str, object]:
             "memory_ratio": memory[variant] / memory["plain"],
         }
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, 1 thread used; {platform.system()} {platform.machine()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, 1 thread used; {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "rounds": rounds,
         "quantized_weights": quantized,
         "copy_gb_per_s": bandwidth / 1e9,
         "variants": rows,
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown processor"
-    )
 
 
 def main() -> None:

@@ -1,14 +1,12 @@
 """RTN: every selected weight is rounded to the nearest grid value, without data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from stepwell.blocks import block_length
-from stepwell.quantizers import Encoded, Quantizer, check_weight
-from stepwell.selection import Row, select
+from stepwell.ptq.chosen import chosen
+from stepwell.quantizers import Encoded, Quantizer
 
 
 def rtn(model: nn.Module, quantizer: Quantizer | Mapping[str, Quantizer | None], *, skip: Sequence[str] = ()) -> dict[str, Encoded]:
@@ -39,27 +37,9 @@ def rtn(model: nn.Module, quantizer: Quantizer | Mapping[str, Quantizer | None],
     >>> layer.weight.data, encoded["weight"].codes
     (tensor([[1., 0.]]), tensor([[1, 0]], dtype=torch.int8))
     """
-    grids = list(quantizer.values()) if isinstance(quantizer, Mapping) else [quantizer]
-    for grid in grids:
-        if not isinstance(grid, Quantizer) and not (grid is None and isinstance(quantizer, Mapping)):
-            raise TypeError(f"`quantizer` must be a Quantizer or a mapping from names to Quantizers or None: got {grid!r}. Try `int4()`.")
-    rows = select(model, quantizer, skip=skip).chosen
-    if not rows:
-        raise ValueError("nothing is selected for rounding. Print `stepwell.select(model)`: it says why each parameter was left out.")
-    encoded = {row.name: _checked(row).encode(row.parameter) for row in rows}
+    weights = chosen(model, quantizer, skip=skip)
+    encoded = {name: grid.encode(parameter) for name, parameter, grid in weights}
     with torch.no_grad():
-        for row in rows:
-            row.parameter.copy_(encoded[row.name].decode())
+        for name, parameter, _ in weights:
+            parameter.copy_(encoded[name].decode())
     return encoded
-
-
-def _checked(row: Row[Quantizer]) -> Quantizer:
-    """Return the row's grid along its contraction dimension, after checks whose errors name the parameter."""
-    assert row.choice is not None
-    grid = row.choice if row.choice.axis is not None else replace(row.choice, axis=row.axis)
-    check_weight(row.parameter, row.name)
-    try:
-        block_length(tuple(row.parameter.shape), grid.block, grid.axis)
-    except ValueError as error:
-        raise ValueError(f"parameter {row.name!r}: {error}") from error
-    return grid
