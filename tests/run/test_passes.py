@@ -29,7 +29,7 @@ def methods(quantizer=Q):
         "lotion": sw.lotion(quantizer, loss_terms=64),
         "detached": sw.lotion(quantizer, loss_terms=64, through_scale=False),
         "ste + lotion": sw.lotion(quantizer, loss_terms=64, forward="nearest"),
-        "curvature": sw.lotion(quantizer, curvature=ones(network())),
+        "curvature": sw.lotion(quantizer, strength=0.03, curvature=ones(network())),  # stronger, they chatter about the grid
         **everything(quantizer),
     }
 

@@ -27,10 +27,13 @@ def reads_moments(method: Method) -> bool:
     return method.curvature is None and method.curved and (method.push is not None or method.prox is not None)
 
 
-def step_of(one: Managed) -> Tensor | None:
-    """Return a copy of the optimizer's own step count of a parameter whose first moment exists, else None."""
+def step_of(one: Managed) -> Tensor | float | None:
+    """Return the optimizer's own step count of a parameter whose first moment exists, else None: a number, or a copy on its device."""
     state: Any = {} if one.optimizer is None else one.optimizer.state.get(one.parameter, {})
-    return torch.as_tensor(state["step"]).clone() if "exp_avg" in state else None
+    if "exp_avg" not in state:
+        return None
+    step = state["step"]
+    return step.clone() if isinstance(step, Tensor) and not step.is_cpu else float(step)
 
 
 def first(one: Managed) -> Tensor:
@@ -58,8 +61,9 @@ def correction(one: Managed) -> Tensor | float:
     return bias(one) if reads_moments(one.method) else 1.0
 
 
-def bias(one: Managed) -> Tensor:
-    """Return the bias correction of Adam's second moment, 0-dim; 0 before the first step."""
-    assert one.optimizer is not None
-    step = torch.as_tensor(one.optimizer.state[one.parameter]["step"]).double()
-    return torch.where(step > 0, 1 / (1 - float(one.group["betas"][1]) ** step), 0.0)
+def bias(one: Managed) -> Tensor | float:
+    """Return the bias correction of Adam's second moment, a number or 0-dim; 0 before the first step."""
+    step, beta = step_of(one), float(one.group["betas"][1])
+    if isinstance(step, Tensor):
+        return torch.where(step > 0, 1 / (1 - beta ** step.double()), 0.0)
+    return 1 / (1 - beta**step) if step else 0.0

@@ -68,10 +68,13 @@ def push(
     moment.addcmul_(method.push(wide(weight), wide(curvature), context).clamp_(-bound, bound), factor)
 
 
-def descend(method: Method, context: Context, weight: Tensor, curvature: Tensor) -> None:
-    """Step down the penalty after the optimizer: for optimizers whose moments we do not know."""
+def descend(method: Method, context: Context, into: Tensor, weight: Tensor, curvature: Tensor) -> None:
+    """Write a step down the penalty: for optimizers whose moments we do not know.
+
+    The caller takes the step; in place, torch 2.13 fails to compile the reductions over a tensor that is overwritten (KeyError 'buf2').
+    """
     assert method.push is not None
-    weight.sub_(method.push(wide(weight), wide(curvature), context).mul_(context.lr))
+    into.copy_(method.push(wide(weight), wide(curvature), context).mul_(context.lr))
 
 
 def prox(method: Method, context: Context, weight: Tensor, curvature: Tensor) -> None:

@@ -30,7 +30,7 @@ class Opened(NamedTuple):
     """One parameter inside a step: the optimizer's step count at a push (None without one), and the loss terms."""
 
     one: Managed
-    pushed: Tensor | None
+    pushed: Tensor | float | None
     terms: float
 
 
@@ -174,8 +174,7 @@ class Stepper:
         """Close a step that failed and take back what it did."""
         self._phases[optimizer].close()
         for one, pushed, terms in self._active.pop(optimizer, []):
-            stepped = moments.step_of(one)
-            if pushed is not None and stepped is not None and torch.equal(pushed, stepped):  # the optimizer never used the push
+            if pushed is not None and bool(pushed == moments.step_of(one)):  # the optimizer never used the push
                 if one.latent is not None:
                     one.weight.copy_(one.latent)
                 self._push(one, terms, undo=True)
@@ -222,7 +221,9 @@ class Stepper:
     def _finish(self, one: Managed, terms: float) -> None:
         """Do what follows the optimizer's update of one parameter."""
         if one.method.push is not None and not moments.exact(one.optimizer, one.group):
-            self._run(passes.descend, one, self._context(one, terms), [one.weight, moments.curvature(one)])
+            down = torch.empty_like(one.weight)
+            self._run(passes.descend, one, self._context(one, terms), [down, one.weight, moments.curvature(one)])
+            one.weight.sub_(down)
         if one.method.prox is not None:
             context = self._context(one, terms * moments.correction(one))
             self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
@@ -244,11 +245,12 @@ class Stepper:
         if one.method.push is None or not moments.exact(one.optimizer, one.group) or moments.step_of(one) is None:
             return False
         beta = float(one.group["betas"][0])
-        factor = (1 - beta) / beta * (-1 if undo else 1)
-        reach = (passes.REACH**2 * moments.bias(one), passes.REACH * float(one.group["eps"]))
-        scalars = (_scalar(number, one.weight) for number in (factor, *reach))
+        factor, bias = (1 - beta) / beta * (-1 if undo else 1), moments.bias(one)
+        numbers = (factor, passes.REACH**2 * bias, passes.REACH * float(one.group["eps"]))
+        scalars = (_scalar(number, one.weight) for number in numbers)
         tensors = [one.weight, moments.first(one), moments.curvature(one), moments.second(one)]
-        self._run(passes.push, one, self._context(one, terms * moments.correction(one)), tensors, *scalars)
+        context = self._context(one, terms * bias if moments.reads_moments(one.method) else terms)
+        self._run(passes.push, one, context, tensors, *scalars)
         return True
 
     def _context(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Context:
