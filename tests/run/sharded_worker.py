@@ -6,6 +6,7 @@ uneven, and the second rank holds nothing of the last.
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -111,6 +112,7 @@ def trial(name: str) -> dict[str, object]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*(outside the run|latent weights).*")
     dist.init_process_group("gloo")
     found = {name: trial(name) for name in methods()}
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")

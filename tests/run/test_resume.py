@@ -141,6 +141,37 @@ def test_state_without_latents_warns_and_goes_on_from_the_model():
     assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], plain.state[model[0].weight]["exp_avg"])
 
 
+def test_state_of_more_parameters_warns_that_latents_are_dropped():
+    _, saved, _ = stepped()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sw.attach(model, sw.ste(sw.int3(block=16)), optimizer, skip=["2"])
+    with pytest.warns(UserWarning, match="latent weights for 1 parameters that this run does not manage"):
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+
+
+@pytest.mark.parametrize("first", ["ste", "lotion"])
+def test_method_may_change_at_a_checkpoint(first):
+    """From STE to LOTION the latent weights become the weights; from LOTION to STE the weights become latent, with a warning."""
+    methods = {"ste": sw.ste(sw.int3(block=16)), "lotion": sw.lotion(sw.int3(block=16), loss_terms=64)}
+    model, saved, run = stepped(methods.pop(first))
+    state = copy.deepcopy(saved.state_dict())
+    with run.latent():
+        expected = weights(model)
+    fresh = network(9)
+    optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.01)
+    (second,) = methods.values()
+    again = sw.attach(fresh, second, optimizer)
+    fresh.load_state_dict(model.state_dict())
+    if first == "ste":
+        optimizer.load_state_dict(state)
+    else:
+        with pytest.warns(UserWarning, match="no latent weights"):
+            optimizer.load_state_dict(state)
+    with again.latent():
+        assert same(weights(fresh), expected)
+
+
 def test_state_loads_into_an_optimizer_without_a_run():
     """What we add is not in anyone's way: a plain optimizer trains on with a state that a run saved."""
     _, saved, _ = stepped()

@@ -404,6 +404,30 @@ def test_step_that_a_grad_scaler_skips_changes_nothing(method, fused):
     assert scaler.get_scale() == 2.0
 
 
+def test_method_sees_unscaled_gradients_under_a_grad_scaler():
+    """A fused optimizer unscales inside its step; a method that learns from the gradient must not learn from the scaled one."""
+    sizes = []
+    for factor in (1.0, 1024.0):
+        seen: list = []
+
+        def gradient(gradient, weight, deployed, context, seen=seen):
+            seen.append(gradient.clone())
+            return gradient
+
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        sw.attach(model, sw.ste(Q)._replace(gradient=gradient), optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=factor)
+        for inputs, targets in batches(2):
+            optimizer.zero_grad()
+            scaler.scale(mse_loss(model(inputs), targets)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        sizes.append((seen, weights(model)))
+    assert all(torch.equal(*pair) for pair in zip(sizes[0][0], sizes[1][0], strict=True))  # powers of two scale exactly
+    assert same(sizes[0][1], sizes[1][1])
+
+
 @every_method
 def test_parameter_without_a_gradient_is_left_alone(method):
     model, optimizer, run = attached(method)

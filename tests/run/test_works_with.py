@@ -68,12 +68,13 @@ def test_groups_have_their_own_rate_and_decay_acts_on_latent_weights():
     assert on_grid(model, after)
 
 
-def test_several_optimizers_step_their_own_parameters():
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Muon], ids=lambda kind: kind.__name__)
+def test_several_optimizers_step_their_own_parameters(kind):
     model, reference, data = network(), network(), batches(10)
 
     def split(net):
         return [
-            torch.optim.SGD([net[0].weight], lr=0.1, momentum=0.9),
+            kind([net[0].weight], lr=0.1, momentum=0.9),
             torch.optim.AdamW([p for p in net.parameters() if p is not net[0].weight]),
         ]
 
@@ -338,6 +339,34 @@ def test_transposed_weight_is_legal():
     optimizer.step()
     assert torch.equal(latents(run, model)["weight"], before - 0.1)
     assert not model.weight.is_contiguous()
+
+
+class Conv1D(nn.Module):
+    """GPT-2's layer, known by its name: the weight is stored as (in, out)."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight.T.contiguous())
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("method", [sw.ste(Q), sw.lotion(Q, loss_terms=64, forward="nearest")], ids=["ste", "ste + lotion"])
+def test_weight_whose_first_dimension_is_contracted_trains_as_its_transpose(method):
+    """Blocks are then no views of the weight: every pass copies them out and back."""
+    weight = torch.randn(8, 32)
+    models = [nn.Sequential(nn.Linear(32, 8, bias=False)), nn.Sequential(Conv1D(weight))]
+    models[0][0].weight.data = weight.clone()
+    for model in models:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        sw.attach(model, method, optimizer)
+        for step in range(4):
+            gradient = torch.sin(torch.arange(256.0) + step).reshape(8, 32)
+            model[0].weight.grad = gradient.clone() if model is models[0] else gradient.T.contiguous()
+            optimizer.step()
+    assert torch.equal(models[0][0].weight, models[1][0].weight.T)
+    assert not torch.equal(models[0][0].weight, Q(weight))
 
 
 def test_half_precision_parameters_warn_once_and_train_as_plainly():

@@ -60,6 +60,7 @@ def split(
     ours: dict[Managed, dict[str, Any]] = {}
     state = {}
     owners = dict(indices(optimizer, state_dict, managed)) if _fits(optimizer, state_dict) else {}
+    orphans = 0
     for index, entry in state_dict["state"].items():
         mine = {key: value for key, value in entry.items() if key in (LATENT, STEP) or key.startswith((FIT, OWN, FROZEN))}
         rest = {key: value for key, value in entry.items() if key not in mine}
@@ -69,13 +70,20 @@ def split(
             _check(owners[index], mine)
             _check_rows(owners[index], mine)
             ours[owners[index]] = mine
+        orphans += LATENT in mine and bool(owners) and index not in owners
+    if orphans:
+        warnings.warn(
+            f"the optimizer state holds latent weights for {orphans} parameters that this run does not manage: they are dropped, and the "
+            "parameters keep the rounded values that the model holds. Attach the methods that the state was saved under.",
+            stacklevel=4,
+        )
     return {**state_dict, "state": state}, ours
 
 
 def restore(one: Managed, entry: dict[str, Any]) -> None:
     """Put loaded entries into a record."""
-    if one.latent is not None and LATENT in entry:
-        one.latent.copy_(local(entry[LATENT]))
+    if LATENT in entry:  # the method may be another than the one that saved it: without a latent weight it trains the parameter itself
+        (one.weight if one.latent is None else one.latent).copy_(local(entry[LATENT]))
     held = {key.removeprefix(FIT): value for key, value in entry.items() if key.startswith(FIT)}
     if held:
         one.fit = Fit(**{key: local(value).reshape(-1, 1).to(one.weight.device) for key, value in held.items()})

@@ -236,9 +236,15 @@ class Stepper:
     @torch.no_grad()
     def _regrade(self, one: Managed, terms: float) -> None:
         """Replace the gradient by the method's; the parameter still holds what the forward pass saw."""
-        if one.method.gradient is not None:
-            grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
-            self._run(passes.gradient, one, self._context(one, terms, one.source), [grad, one.source, one.weight])
+        if one.method.gradient is None:
+            return
+        grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
+        scaled = getattr(one.optimizer, "grad_scale", None)  # a fused optimizer unscales by itself, under a GradScaler
+        if scaled is not None:
+            grad.div_(scaled)
+        self._run(passes.gradient, one, self._context(one, terms, one.source), [grad, one.source, one.weight])
+        if scaled is not None:
+            grad.mul_(scaled)
 
     def _push(self, one: Managed, terms: float, *, undo: bool = False) -> bool:
         """Add the penalty's gradient to the first moment; False where there is none yet, or the optimizer has none."""
