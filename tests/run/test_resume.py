@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.run.resume_worker import CASES, STEPS, build
-from tests.run.training import batches, network, same, train, weights
+from tests.run.training import QUANTIZED, batches, network, same, train, weights
 
 import stepwell as sw
 
@@ -71,6 +71,35 @@ def test_draws_differ_from_step_to_step_and_by_seed():
         for two in range(one):
             differing = (shown[one] != shown[two]).float().mean()
             assert 0.1 < differing < 0.6  # two draws differ with probability 2 D (1 - D), a third on average over even places
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_two_optimizers_and_a_frozen_weight_resume(step):
+    """Each optimizer's dictionary carries its own parameters; the frozen weight's latent travels with the first. In one process."""
+
+    def build(seed):
+        model = network(seed)
+        model[2].weight.requires_grad_(False)
+        made = [torch.optim.SGD([model[0].weight], lr=0.1, momentum=0.9), torch.optim.AdamW([model[4].weight, model[4].bias], lr=0.02)]
+        methods = {"0": sw.ste(sw.int3(block=16)), "2": sw.ste(sw.intn(3, block=16, levels="affine")), "*": sw.lotion(sw.int2(block=16))}
+        run = sw.attach(model, methods, made, start=2)
+        run.loss_terms = lambda step: 10.0 + step
+        return model, made, run
+
+    data = batches(5)
+    model, made, run = build(0)
+    train(model, made, data[:step])
+    saved = copy.deepcopy([model.state_dict(), *(optimizer.state_dict() for optimizer in made)])
+    train(model, made, data[step:])
+    fresh, others, again = build(7)
+    fresh.load_state_dict(saved[0])
+    for optimizer, state in zip(others, saved[1:], strict=True):
+        optimizer.load_state_dict(state)
+    train(fresh, others, data[step:])
+    assert same(weights(fresh), weights(model))
+    found, expected = again.finalize(), run.finalize()
+    assert list(found) == list(expected) == QUANTIZED
+    assert all(torch.equal(found[key].codes, expected[key].codes) and torch.equal(found[key].scales, expected[key].scales) for key in found)
 
 
 # What a state dictionary may hold instead.

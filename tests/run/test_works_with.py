@@ -418,6 +418,25 @@ def test_deep_copy_of_the_model_holds_what_the_forward_pass_sees_and_is_free():
 
 
 @pytest.mark.slow
+def test_compiled_optimizer_step_runs_the_hooks_as_they_are():
+    """torch.compile(optimizer.step) fuses Adam's arithmetic, which moves weights by rounding errors; the hooks are not traced."""
+    results = []
+    for compiled in (False, True):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        run = sw.attach(model, sw.lotion(Q, loss_terms=64, forward="nearest"), optimizer)
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for inputs, targets in batches(4):
+            optimizer.zero_grad()
+            mse_loss(model(inputs), targets).backward()
+            step()
+        assert run.steps == 4
+        results.append(latents(run, model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_compiled_model_sees_every_swap():
     """The forward pass is the plain model: torch.compile traces it once and reads the parameters anew."""
     results = []

@@ -151,7 +151,10 @@ class Run:
                 raise RuntimeError(
                     f"optimizer.step() inside `run.{self._shown}()`: the weights there are for looking. Leave the block first."
                 )
-            return self._stepper.before(optimizer, (args, kwargs), sys._getframe(1), asked)
+            replaced: tuple[tuple[Any, ...], dict[str, Any]] | None = self._stepper.before(
+                optimizer, (args, kwargs), sys._getframe(1), asked
+            )
+            return replaced
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stepper.after(optimizer, sys._getframe(1))

@@ -122,6 +122,7 @@ class Stepper:
 
     # One step.
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer.step() runs this as it is
     def before(self, optimizer: Optimizer, call: Replaced, frame: FrameType, hooks: Hooks) -> Replaced | None:
         """Open a step; a closure is wrapped so that it runs the forward pass on deployed weights.
 
@@ -148,6 +149,7 @@ class Stepper:
         shown = self._shown(optimizer, closure, hooks.terms)
         return ((args[0], shown, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": shown})
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def after(self, optimizer: Optimizer, frame: FrameType) -> None:
         """Close a step: take the optimizer's result as the latent weight and deploy it."""
