@@ -9,7 +9,7 @@ P = Problem(Staircase(2, 2.0), lr=0.1, label_noise=0.2)
 
 
 def test_a_sweep_is_many_single_solves():
-    found = sweep(P, 40.0, bits=[2, 3], ranges=[0.8, 2.0])
+    found = sweep(P, 40.0, bits=np.arange(2, 4), ranges=[0.8, 2.0])
     assert found.bits == (2, 3)
     t = np.concatenate([[0.0], np.geomspace(0.04, 40, 400)])
     for row, bits in enumerate((2, 3)):
@@ -30,6 +30,7 @@ def test_the_best_range_beats_every_range_nearby(theory):
     found = best_range(P, 15.0, theory=theory, ranges=np.linspace(0.6, 3.0, 7))
     assert np.all(np.diff(found.ranges) > 0)
     assert found.error == found.errors.min()
+    assert float(found) == found.range
     for omega in np.linspace(0.7, 2.9, 5):
         assert solve(Problem(Staircase(2, float(omega)), lr=0.1, label_noise=0.2), [15.0]).error[0] >= found.error - 1e-9
 

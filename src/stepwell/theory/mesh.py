@@ -20,6 +20,7 @@ from stepwell.theory.staircase import Array, Staircase
 
 PER_STEP = 8  # coarse cells per spacing at least,
 FINEST = 1000.0  # unless a spacing is as small as this part of the range: averages over cells do then
+FAR = 1e3  # ranges that a stationary law reaches at most
 ENOUGH = 512  # levels that an estimate needs at most
 GROWTH = 0.1
 CALM = 0.01  # no grid starts finer than for this part of the largest E: the noise may die out altogether
@@ -115,9 +116,11 @@ def _reach(problem: Problem, weights: Staircase, horizon: float, scale: Scales, 
     edge = float(np.max(np.abs(weights.thresholds)))
     noise = SIGMAS * np.sqrt(min(2 * D * duration, D / lam if lam > 0 else np.inf))
     if outward < 0:
-        return float(max(spread + 1e-9, edge + min(TAIL * D / -outward, noise)))
-    drift = min(outward * duration, outward / lam if lam > 0 else np.inf)
-    return float(max(spread, edge) + drift + noise)
+        reach = max(spread + 1e-9, edge + min(TAIL * D / -outward, noise))
+    else:
+        reach = max(spread, edge) + min(outward * duration, outward / lam if lam > 0 else np.inf) + noise
+    # beyond the outermost threshold nothing depends on the place any more, so what has run that far may stop there
+    return float(reach if np.isfinite(horizon) else min(reach, max(spread, FAR * edge, FAR * weights.range)))
 
 
 def _fill(points: Array, most: float) -> Array:

@@ -61,6 +61,9 @@ class BestRange:
     ranges: Array
     errors: Array
 
+    def __float__(self) -> float:
+        return self.range
+
 
 def best_range(problem: Problem, horizon: float, *, theory: Theory = "closure", ranges: ArrayLike | None = None) -> BestRange:
     """Return the weight range with the smallest error after `horizon`.
@@ -105,11 +108,11 @@ def sweep(problem: Problem, horizon: float, *, bits: Sequence[int], ranges: Arra
     _check(problem, horizon)
     omegas = np.atleast_1d(np.asarray(ranges, dtype=float))
     times = np.concatenate([[0.0], np.geomspace(horizon * 1e-3, horizon, TIMES - 1)])
-    curves = [[_curve(_with_range(problem, float(omega), width), times, theory) for omega in omegas] for width in bits]
+    curves = [[_curve(_with_range(problem, float(omega), width), times, theory) for omega in omegas] for width in map(int, bits)]
     measured = np.array([[lengths(times, curve.error)[:2] for curve in row] for row in curves])
     final = np.array([[curve.error[-1] for curve in row] for row in curves])
     status = tuple(tuple(curve.status for curve in row) for row in curves)
-    return Sweep(tuple(bits), omegas, measured[..., 0], measured[..., 1], final, status)
+    return Sweep(tuple(map(int, bits)), omegas, measured[..., 0], measured[..., 1], final, status)
 
 
 def _with_range(problem: Problem, omega: float, bits: int | None = None) -> Problem:

@@ -74,7 +74,7 @@ class Staircase:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int | np.integer) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"`bits` must be an integer from {MIN_BITS} to {MAX_BITS}: got {self.bits!r}.")
         if self.kind not in ("end", "mid", "tread", "levels"):
             raise ValueError(f"`kind` must be 'end', 'mid', 'tread' or 'levels': got {self.kind!r}.")

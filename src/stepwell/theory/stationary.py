@@ -19,7 +19,7 @@ from stepwell.theory.fokker_planck import Landscape, log_sinhc
 from stepwell.theory.gaussian import moments
 from stepwell.theory.landscape import Nodes, build, teacher_nodes
 from stepwell.theory.linear import linear_stationary, ptq_stationary
-from stepwell.theory.mesh import Scales, halved, mesh
+from stepwell.theory.mesh import FAR, Scales, halved, mesh
 from stepwell.theory.problem import Problem
 from stepwell.theory.staircase import Array, Staircase
 from stepwell.theory.trajectory import Stationary
@@ -27,7 +27,6 @@ from stepwell.theory.trajectory import Stationary
 SCAN = 121
 CALM = {"one": 2e-3, "gauss": 1e-2}  # grids resolve layers down to this part of the largest E; below, nothing moves any more
 NODES = 360
-FAR = 1e3  # outermost cells of a hard staircase reach that many ranges; their law is exponential, so one cell is exact
 DIVERGED = "The learning rate is beyond the linear threshold, which LOTION shares: the latent weights grow without bound."
 
 
@@ -78,7 +77,7 @@ def _gibbs(problem: Problem, weights: Staircase) -> Stationary:
     """Solve the scalar equation for E on a grid; where the grid is not exact, on two fine grids, extrapolated."""
     if problem.method == "ste" and problem.weight_decay == 0 and weights.temperature == 0:
         nodes = teacher_nodes(problem, min(NODES, max(20, 4_000_000 // len(weights.levels))))
-        far = FAR * weights.range
+        far = FAR * weights.range  # the law beyond the outermost threshold is exponential, so one cell is exact
         errors, _, roots = _self_consistent(problem, weights, nodes, np.concatenate([[-far], weights.thresholds, [far]]))
     else:
         nodes = teacher_nodes(problem, NODES // 4)
