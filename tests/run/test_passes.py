@@ -69,22 +69,25 @@ def test_pieces_equal_the_whole_on_every_grid(quantizer, monkeypatch):
     assert same(*found)
 
 
+@pytest.mark.filterwarnings("ignore:.*half precision")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quantizer", REPRESENTATIVES, ids=str)
-def test_what_is_trained_on_is_what_is_finalized(quantizer):
+def test_what_is_trained_on_is_what_is_finalized(quantizer, dtype):
     """Codes and scales in training and on disk are the same: finalize changes nothing in the model of a rounded forward pass."""
-    model = torch.nn.Linear(128, 24)
-    model.weight.data = gaussian(24, 128, seed=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    run = sw.attach(model, sw.ste(quantizer), optimizer)
-    for _ in range(3):
-        model.weight.grad = gaussian(24, 128, seed=2)
+    model = torch.nn.Linear(128, 24, bias=False)
+    model.weight.data = gaussian(24, 128, seed=1).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-6)  # float16 cannot hold the usual epsilon
+    run = sw.attach(model, sw.lotion(quantizer, loss_terms=10, forward="nearest"), optimizer, refit=2)
+    for step in range(3):
+        model.weight.grad = gaussian(24, 128, seed=step).to(dtype)
         optimizer.step()
     shown = model.weight.detach().clone()
     with run.deployed():
         assert torch.equal(model.weight, shown)
     encoded = run.finalize()
-    assert torch.equal(encoded["weight"].decode(), shown)
+    assert torch.equal(encoded["weight"].decode().to(dtype), shown)
     assert torch.equal(model.weight, shown)
+    assert shown.isfinite().all()
 
 
 def graphs():
