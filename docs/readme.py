@@ -34,11 +34,11 @@ def cost() -> str:
         + (f"{row['floor_ms']:.1f} |" if row["floor_ms"] else "|")
         for name, row in result["variants"].items()
     ]
+    weights = f"{result['quantized_weights'] / 1e6:.1f} million"
     note = (
-        f"int4 in blocks of 32 on the {result['quantized_weights'] / 1e6:.1f} million block weights of a 4-layer transformer, 1024 tokens a "
-        f"step, AdamW, float32. Medians over {result['rounds']} interleaved rounds of the ratio within a round (processor time); "
-        f"{result['machine']}; torch {result['torch']}. The floor is the memory traffic of the extra passes at the speed of a copy. "
-        "`python benchmarks/step_cost.py` measures it again."
+        f"int4 in blocks of 32 on the {weights} block weights of a 4-layer transformer, 1024 tokens a step, AdamW, float32. Medians of "
+        f"{result['rounds']} interleaved rounds, ratio within a round (processor time); {result['machine']}; torch {result['torch']}. "
+        "The floor is the memory traffic of the extra passes at the speed of a copy. `python benchmarks/step_cost.py` measures it again."
     )
     return "\n".join([head, *rows, "", note])
 
