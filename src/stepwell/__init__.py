@@ -21,11 +21,11 @@ _HOME = {
     "lotion": "stepwell.methods.lotion",
     "verify": "stepwell.export.parity",
     "Testbed": "stepwell.testbed",
-    **{name: f"stepwell.{name}" for name in ("ptq", "theory", "export", "methods")},
+    **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods")},
 }
 
 if TYPE_CHECKING:
-    from stepwell import export, methods, ptq, theory
+    from stepwell import export, methods, probes, ptq, theory
     from stepwell.export.parity import verify
     from stepwell.methods.lotion import lotion
     from stepwell.methods.ste import ste

@@ -1,0 +1,22 @@
+"""Explaining a model's own loss: how far rounding moves the weights, what lies near, and which way the gradient points."""
+
+from stepwell.probes.inward import contrast, inward
+from stepwell.probes.neighbours import neighbours
+from stepwell.probes.points import rounded
+from stepwell.probes.rho import rho_cross, rho_fn, rho_layers, rho_self, rho_uniform
+from stepwell.probes.segment import segment
+from stepwell.probes.width import width
+
+__all__ = [
+    "contrast",
+    "inward",
+    "neighbours",
+    "rho_cross",
+    "rho_fn",
+    "rho_layers",
+    "rho_self",
+    "rho_uniform",
+    "rounded",
+    "segment",
+    "width",
+]

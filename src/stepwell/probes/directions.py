@@ -1,0 +1,49 @@
+"""Directions: random and partial displacements of the weights, drawn anew whenever they are asked for, so that they need no memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stepwell.blocks import from_blocks, to_blocks
+from stepwell.probes.grid import grid
+from stepwell.probes.points import Move, Place, weight
+from stepwell.quantizers import Encoded
+from stepwell.randomness import stream, uniform
+
+
+def alone(chosen: str, target: Place) -> Move:
+    """Return the displacement of one tensor; the others stay."""
+    return lambda name, base: weight(target[name], base) - base if name == chosen else torch.zeros_like(base)
+
+
+def keys(seed: int, draws: int) -> list[Callable[[str], int]]:
+    """Return a function from a tensor's name to the key of its draws, for every draw."""
+    return [lambda name, draw=draw: stream(seed, draw, name) for draw in range(draws)]  # type: ignore[misc]
+
+
+def uniform_noise(target: Place, key: Callable[[str], int]) -> Move:
+    """Return uniform noise within half a step of every weight; the clipping error where it is beyond the range."""
+
+    def move(name: str, base: Tensor) -> Tensor:
+        encoded = target[name]
+        assert isinstance(encoded, Encoded)
+        held = grid(encoded, base)
+        draw = uniform(key(name), tuple(base.shape), dtype=base.dtype, device=base.device).sub_(0.5).mul_(held.step(base))
+        return torch.where(held.beyond(base), held.round(base) - base, draw)
+
+    return move
+
+
+def gaussian_noise(target: Place, key: Callable[[str], int]) -> Move:
+    """Return Gaussian noise whose output rows have the norms of the weight's."""
+
+    def move(name: str, base: Tensor) -> Tensor:
+        value = target[name]
+        axis = value.quantizer.axis if isinstance(value, Encoded) else None
+        generator = torch.Generator(device=base.device).manual_seed(key(name))
+        draw = to_blocks(torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device), "channel", axis)
+        norms = to_blocks(base, "channel", axis).norm(dim=1, keepdim=True)
+        return from_blocks(draw * (norms / draw.norm(dim=1, keepdim=True)), tuple(base.shape), "channel", axis)
+
+    return move
