@@ -27,7 +27,8 @@ TEACHER_NODES = 45  # of the coarse grid
 LAYERS = 2.0  # width of the coarse cells in layers at a threshold
 LOTION_LAYERS = {"one": 4.0, "gauss": 16.0}  # kinks everywhere, so no part of the grid is coarse
 TOLERANCE = 6e-3  # largest distance of two grids; the extrapolated curve is more than ten times closer
-WORK = 4e8  # cells times steps that a solve may take
+WORK = 3e8  # cells times steps that a solve may take
+COARSEST = 100.0  # layers
 DENSITY_VALUES = 5e7
 EXPLODED = 1e3
 
@@ -111,9 +112,15 @@ def solve(problem: Problem, weights: Staircase, times: Array, edges: Array, leve
 def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -> tuple[tuple[Solution, Solution], bool]:
     """Return the two finest solutions and whether they are close."""
     horizon = float(times[-1])
-    layers = LOTION_LAYERS[problem.teacher] if problem.method == "lotion" else LAYERS
-    edges = mesh(problem, weights, horizon, scales(problem, weights, horizon), layers=layers)
+    scale = scales(problem, weights, horizon)
     nodes = len(teacher_nodes(problem, 2 * TEACHER_NODES).mass)
+    layers = LOTION_LAYERS[problem.teacher] if problem.method == "lotion" else LAYERS
+    steps = len(cut(times, problem.lr, 0).length)
+    while True:  # a start that is too fine to refine even once is made coarser: the comparison of two grids still judges it
+        edges = mesh(problem, weights, horizon, scale, layers=layers)
+        if 16.0 * len(edges) * steps * nodes <= WORK or layers > COARSEST:
+            break
+        layers *= 2
     if density:
         _check_density(2 * len(times) * len(edges) * nodes)
     coarse = solve(problem, weights, times, edges, 0, keep=density)
@@ -121,7 +128,7 @@ def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -
     level = 1
     while not _close(fine, coarse):
         level += 1
-        if len(edges) * 2.0**level * len(cut(times, problem.lr, level).length) * nodes > WORK:
+        if len(edges) * 4.0**level * steps * nodes > WORK:
             return (fine, coarse), False
         if density:
             _check_density(2**level * len(times) * len(edges) * nodes)

@@ -19,6 +19,7 @@ from stepwell.theory.scheme import HALF_STEPS
 from stepwell.theory.staircase import Array, Staircase
 
 PER_STEP = 8  # coarse cells per spacing at least,
+AFFORDABLE = 16.0  # where more layers than this are asked for, cells grow with them
 FINEST = 1000.0  # unless a spacing is as small as this part of the range: averages over cells do then
 FAR = 1e3  # ranges that a stationary law reaches at most
 ENOUGH = 512  # levels that an estimate needs at most
@@ -44,8 +45,8 @@ def scales(problem: Problem, weights: Staircase, horizon: float) -> Scales:
     if problem.method == "lotion":
         error = linear_error(problem, linear_state(problem, t))
     else:
-        thin = _thinned(weights)
-        error = rounded_error(problem, thin, closure_state(replace(problem, weights=thin), t)[0])
+        simple = _simple(weights)
+        error = rounded_error(problem, simple, closure_state(replace(problem, weights=simple), t)[0])
     E = np.maximum(2 * error + problem.label_noise**2, 1e-12)
     most = float(np.max(E))
     return Scales(float(np.sqrt(E[0] * max(np.min(E), 0.1 * E[0]))), max(0.8 * float(np.min(E)), CALM * most), 1.5 * most)
@@ -58,9 +59,10 @@ def mesh(problem: Problem, weights: Staircase, horizon: float, scale: Scales, *,
     spread = abs(problem.initial_overlap) / problem.teacher_power * farthest + SIGMAS * np.sqrt(problem.initial_variance)
     layer = problem.lr * scale.least / (2 * float(np.max(steps)))
     width = np.sqrt(problem.initial_variance + 0.1 * problem.lr * rho * scale.early) / 2
-    inner = min(layers * layer, width, max(float(np.max(steps)) / PER_STEP, weights.range / FINEST))
+    step = float(np.max(steps)) / PER_STEP * max(1.0, layers / AFFORDABLE)
+    inner = min(layers * layer, width, max(step, weights.range / FINEST))
     pull = abs(problem.gain * farthest) + rho * float(np.max(np.abs(weights.levels)))
-    outer = max(inner, min(2 * problem.lr * rho * scale.early / pull, width, 0.2))
+    outer = max(inner, min(layers * problem.lr * rho * scale.early / pull, width, 0.2))
     reach = _reach(problem, weights, horizon, scale, farthest, spread)
     if problem.method == "lotion":
         levels = lattice(weights, reach)
@@ -96,12 +98,12 @@ def cut(times: Array, lr: float, level: int) -> Steps:
     return Steps(length, output)
 
 
-def _thinned(weights: Staircase) -> Staircase:
-    """Return a staircase with fewer levels over the same range, good enough for an estimate."""
+def _simple(weights: Staircase) -> Staircase:
+    """Return a hard staircase with fewer levels over the same range, good enough for an estimate."""
     if len(weights.levels) <= ENOUGH:
-        return weights
+        return replace(weights, temperature=0.0)
     keep = np.linspace(0, len(weights.levels) - 1, ENOUGH).astype(int)
-    return Staircase(weights.bits, weights.range, "levels", weights.temperature, tuple(weights.levels[keep].tolist()))
+    return Staircase(weights.bits, weights.range, "levels", values=tuple(weights.levels[keep].tolist()))
 
 
 def _reach(problem: Problem, weights: Staircase, horizon: float, scale: Scales, farthest: float, spread: float) -> float:
