@@ -1,5 +1,6 @@
 """What all probes share: the model is left exactly as found, passes are counted, memory is bounded, bad input is refused first."""
 
+import copy
 import gc
 
 import pytest
@@ -14,6 +15,14 @@ from stepwell.probes.stage import staged
 Q = sw.int3(block="channel")
 
 
+def shrunk(model: nn.Module):
+    """Other weights for those that are quantized, 10 % smaller, rounded so that they cost no tensor of their own."""
+    smaller = copy.deepcopy(model)
+    for parameter in smaller.parameters():
+        parameter.data *= 0.9
+    return sw.probes.rounded(smaller, sw.int8(block="channel"))
+
+
 PROBES = {
     "segment": lambda model, loss: sw.probes.segment(model, loss, toward=Q),
     "width": lambda model, loss: sw.probes.width(model, loss, toward=Q, tolerance=0.01),
@@ -22,6 +31,11 @@ PROBES = {
     "rho_cross": lambda model, loss: sw.probes.rho_cross(model, loss, toward=Q, coarse=sw.int2(block="channel")),
     "rho_layers": lambda model, loss: sw.probes.rho_layers(model, loss, toward=Q),
     "inward": lambda model, loss: sw.probes.inward(model, loss, at=Q),
+    "quadratic": lambda model, loss: sw.probes.quadratic(model, loss, toward=Q),
+    "plane": lambda model, loss: sw.probes.plane(model, loss, toward=Q, across=shrunk(model), size=2),
+    "latent": lambda model, loss: sw.probes.latent(model, loss, at=Q, start=shrunk(model)),
+    "box_qat": lambda model, loss: sw.probes.box_qat(model, loss, around=Q, steps=3, held_out=loss),
+    "control": lambda model, loss: sw.probes.control(model, loss, around=Q, steps=3),
     "neighbours": lambda model, loss: sw.probes.neighbours(model, loss, around=Q, held_out=loss, rounds=4),
 }
 every_probe = pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
@@ -77,13 +91,14 @@ def test_model_is_left_as_found_when_the_loss_breaks_down(probe, last):
 def test_cost_is_what_was_spent(probe):
     batch = Batch()
     cost = probe(Everything(), batch).cost
-    assert cost == (batch.calls, batch.backwards)
+    assert cost == (batch.calls, batch.backwards + (probe is PROBES["quadratic"]))  # the derivative of the gradient is no pass of the loss
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", sorted(set(PROBES) - {"box_qat", "control"}))  # those two train
 def test_memory_is_one_copy_of_the_weights_beside_gradients(name):
     # Inside an evaluation there may be the weight, one copy of it and, for the search, what it made of one gradient.
     # Reading a point decodes one tensor at a time, which is gone by then.
+    gc.collect()
     model, most = nn.Linear(37, 53, bias=False), 0
     x, y = normal(8, 37, seed=0).float(), normal(8, 53, seed=1).float()
 
@@ -121,7 +136,7 @@ def test_bad_loss_is_refused_and_nothing_changes(probe, text, kind, loss):
     assert_same(before, fingerprint(model))
 
 
-@pytest.mark.parametrize("name", ["inward", "neighbours"])
+@pytest.mark.parametrize("name", ["inward", "neighbours", "quadratic", "box_qat", "control"])
 def test_loss_without_a_graph_is_refused(name):
     batch = Batch()
     with pytest.raises(ValueError, match="differentiable"):

@@ -70,6 +70,10 @@ class Grid(NamedTuple):
         """Return the weights `(*shape)` of indices."""
         return self._whole(self.quantizer.deliver(self._blocks(self._values[index.long()]), self.fit))
 
+    def unrounded(self, index: Tensor) -> Tensor:
+        """Return where the grid values of indices lie before a compute dtype rounds them: what latent weights are compared with."""
+        return self._whole(self.fit.to_weights(self._blocks(self._values[index.long()])))
+
     def encode(self, index: Tensor, like: Encoded) -> Encoded:
         """Return `like` with the codes of other indices."""
         return like._replace(codes=grids.to_codes(self._values[index.long()], self.quantizer.format))

@@ -80,13 +80,17 @@ class Stage:
     def gradient(self, loss: Loss | None = None) -> tuple[float, dict[str, Tensor]]:
         """Return a loss, by default the probe's own, and its gradient by name where the weights are now; `.grad` is not touched."""
         with self.graph(loss) as (value, weights):
-            parts = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-            self._backward += 1
+            parts = self.differentiate(value)
         gradients = {
             name: torch.zeros_like(working(weight)) if part is None else working(part)
             for (name, weight), part in zip(weights.items(), parts, strict=True)
         }
         return _number(value), gradients
+
+    def differentiate(self, value: Tensor, *, again: bool = False) -> tuple[Tensor | None, ...]:
+        """Return the derivatives of a scalar by the weights, None where it does not depend on one; with a graph of their own if `again`."""
+        self._backward += 1
+        return torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True, create_graph=again)
 
     @contextmanager
     def graph(self, loss: Loss | None = None) -> Iterator[tuple[Tensor, dict[str, nn.Parameter]]]:
@@ -130,6 +134,11 @@ class Stage:
                 norm.momentum, norm.training = momentum, False
                 for name, value in buffers.items():
                     getattr(norm, name).copy_(value)
+
+    def evaluating(self) -> None:
+        """Set evaluation mode again, after a training function that may have left it."""
+        for module in self._model.modules():
+            module.training = False
 
     def check(self) -> None:
         """Evaluate the loss twice at the weights as given, and refuse one that no probe can work with."""
@@ -184,8 +193,7 @@ def staged(model: nn.Module, loss: Loss, names: Iterable[str]) -> Iterator[Stage
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     stage = Stage(model, loss, {name: parameters[name] for name in names})
     try:
-        for module in modes:
-            module.training = False
+        stage.evaluating()
         stage.check()
         yield stage
     finally:

@@ -1,0 +1,89 @@
+"""The local second-order model, against Hessians that are known or written out by autograd's dense one."""
+
+import math
+
+import pytest
+import torch
+from tests.probes.models import UNIT, Quadratic, normal, positive, row
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import stepwell as sw
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quadratic_is_predicted_exactly(seed):
+    size = 6
+    hessian, centre, begin = positive(size, seed), normal(size, seed=10 + seed), 2 * normal(size, seed=20 + seed)
+    found = sw.probes.quadratic(row(begin), Quadratic(hessian, centre), toward=UNIT)
+    error = UNIT(begin) - begin
+    assert found.slope == pytest.approx((hessian @ (begin - centre) @ error).item())
+    assert found.curvature == pytest.approx((error @ hessian @ error).item())
+    assert found.predicted == pytest.approx(found.actual)
+    assert found.ratio == pytest.approx(1)
+    assert found.cost == (4, 2)
+
+
+def test_small_network_against_its_dense_hessian():
+    torch.manual_seed(0)
+    model, x, q = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double(), normal(20, 4, seed=1), sw.int3(block="channel")
+
+    def of(first, second):
+        return (torch.tanh(x @ first.T + model[0].bias) @ second.T + model[2].bias - 1).square().mean()
+
+    weights = (model[0].weight.detach(), model[2].weight.detach())
+    ways = [q(weight) - weight for weight in weights]
+    dense = torch.autograd.functional.hessian(of, weights)
+    curvature = sum(
+        torch.tensordot(one, torch.tensordot(dense[i][j], two, 2), 2) for i, one in enumerate(ways) for j, two in enumerate(ways)
+    )
+    found = sw.probes.quadratic(model, lambda m: (m(x) - 1).square().mean(), toward=q)
+    assert found.curvature == pytest.approx(curvature.item(), rel=1e-10)
+    assert found.actual == pytest.approx((of(*(w + v for w, v in zip(weights, ways, strict=True))) - of(*weights)).item(), rel=1e-10)
+    # finite differences of the slope along the line
+    step = 1e-5
+    ends = [of(*(w + sign * step * v for w, v in zip(weights, ways, strict=True))) for sign in (1, -1)]
+    assert found.slope == pytest.approx(((ends[0] - ends[1]) / 2 / step).item(), rel=1e-6)
+
+
+def test_saturating_loss_is_overestimated_and_a_wall_underestimated():
+    # 1 - exp(-x^2) from 0 to 3: predicted 9, actual 1 - e^-9; x^4 from 1 to 2: 4 + 6 = 10 against 15
+    ends = {"weight": torch.full((1, 1), 3.0)}
+    flat = sw.probes.quadratic(row([0.0]), lambda m: (1 - torch.exp(-m.weight.square())).sum(), toward=ends)
+    assert flat.ratio == pytest.approx(9 / (1 - math.exp(-9)))
+    wall = sw.probes.quadratic(row([1.0]), lambda m: (m.weight**4).sum(), toward={"weight": torch.full((1, 1), 2.0)})
+    assert wall.ratio == pytest.approx(10 / 15)
+
+
+def test_linear_loss_has_no_curvature():
+    found = sw.probes.quadratic(row([0.4, 0.3]), lambda m: 2 * m.weight.sum(), toward=UNIT)
+    assert (found.slope, found.curvature) == (pytest.approx(-1.4), 0.0)
+    still = sw.probes.quadratic(row([1.0]), lambda m: m.weight.square().sum(), toward=UNIT)
+    assert math.isnan(still.ratio)
+
+
+class Attention(nn.Module):
+    """One head whose fused kernel cannot be differentiated twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), is_causal=True)
+
+
+def test_attention_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    model, x, q = Attention().double(), normal(2, 5, 8, seed=0), sw.int4(block="channel")
+    loss = lambda m: m(x[:, None]).square().mean()  # noqa: E731
+    found = sw.probes.quadratic(model, loss, toward=q)
+    start = [p.detach().clone() for p in model.parameters()]
+    step, values = 1e-4, []
+    for sign in (1, 0, -1):
+        with torch.no_grad():
+            for parameter, weight in zip(model.parameters(), start, strict=True):
+                parameter.copy_(weight + sign * step * (q(weight) - weight) if weight.ndim > 1 else weight)
+            values.append(loss(model).item())
+    # second differences: rounding errors 1e-16 / step^2 = 1e-8 of a loss near 0.1, truncation step^2
+    assert found.curvature == pytest.approx((values[0] - 2 * values[1] + values[2]) / step**2, rel=1e-3)
