@@ -84,4 +84,5 @@ if __name__ == "__main__":
     import warnings
 
     warnings.simplefilter("error")  # a resumed run has nothing to warn about
+    warnings.filterwarnings("ignore", message=".*curvature is not the task.*")  # Adam with L2 decay says so at every attach
     main(Path(sys.argv[1]))

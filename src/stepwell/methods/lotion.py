@@ -10,6 +10,7 @@ valuable choice).
 """
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -66,6 +67,8 @@ def lotion(
         raise ValueError(f"`forward` must be 'latent' or 'nearest': got {forward!r}.")
     if loss_terms is not None:
         check_terms(loss_terms)
+    if curvature is not None and not isinstance(curvature, Mapping) and not callable(curvature):
+        raise TypeError(f"`curvature` must be a mapping or a function from parameter name to a tensor: got {type(curvature).__name__}.")
 
     def push(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
         factor = context.loss_terms * strength

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -21,13 +22,14 @@ from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
 from stepwell.methods.lotion import check_terms
 from stepwell.quantizers import Encoded, check_weight
-from stepwell.run import state
+from stepwell.run import state, writes
 from stepwell.run.check import managed_of, optimizers_of
 from stepwell.run.managed import Managed
 from stepwell.run.moments import reads_moments
 from stepwell.run.step import Hooks, Stepper
 
 LossTerms = float | Callable[[int], float] | None
+_LIVE: WeakSet["Run"] = WeakSet()  # runs that have not ended: two on one parameter would undo each other
 
 
 class Run:
@@ -51,8 +53,16 @@ class Run:
         self._warned = False
         self._shown: str | None = None
         self._incoming: dict[Optimizer, dict[Managed, dict[str, Any]]] = {}
-        self._stepper.begin_run()
         self._handles = [handle for optimizer in optimizers for handle in self._hooks(optimizer)]
+        try:
+            self._stepper.begin_run()
+        except BaseException:
+            for one in managed:
+                if one.latent is not None:
+                    one.weight.copy_(one.latent)
+            self._remove()
+            raise
+        _LIVE.add(self)
 
     def __repr__(self) -> str:
         elements = sum(one.parameter.numel() for one in self._managed)
@@ -80,11 +90,14 @@ class Run:
             try:
                 for one in others:
                     one.weight.copy_(one.rounded())
+                    one.note()
                 torch.clear_autocast_cache()
                 yield
             finally:
                 for one, weight in saved:
-                    one.weight.copy_(weight)
+                    if one.untouched:  # else somebody loaded other values, which stay
+                        one.weight.copy_(weight)
+                self._adopt_writes()
 
     @contextmanager
     def latent(self) -> Iterator[None]:
@@ -160,7 +173,7 @@ class Run:
             self._stepper.after(optimizer, sys._getframe(1))
 
         def outgoing(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            self._settle()
+            self._settle(warn=self.steps > 0)  # a checkpoint being loaded reads this first: before any step nothing can be lost
             return state.add(optimizer, state_dict, self._managed, self._stepper.steps.get(optimizer, 0))
 
         def incoming(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -219,49 +232,30 @@ class Run:
         check_terms(terms)
         return float(terms)
 
-    def _adopt_writes(self) -> None:
-        """Make values that somebody else wrote into a parameter its new latent weights."""
-        changed = []
-        for one in self._managed:
-            if one.latent is None or one.untouched:
-                continue
-            same = self._stepper.shows(one)
-            moved = one.follow()
-            if not same:
-                self._stepper.adopt(one)
-                changed.append(one.name)
-            elif moved:
-                self._stepper.show(one)
-            else:
-                one.note()
-        if changed and not self._warned:
+    def _adopt_writes(self, *, by_value: bool = False, warn: bool = True) -> None:
+        """Make values that somebody else wrote into a parameter its new latent weights, and say so once."""
+        changed, rounded = writes.adopt(self._managed, self._stepper, by_value=by_value)
+        if changed and warn and not self._warned:
             self._warned = True
+            count = f", {rounded:,} of them rounded to a grid value" if rounded else ""
             warnings.warn(
                 f"{len(changed)} parameters such as {changed[0]!r} were written to from outside the run (load_state_dict, a weight "
-                "average): the new values become the latent weights. To resume a run, load `optimizer.state_dict()` after them.",
+                f"average): the new values become the latent weights{count}. To resume a run, load `optimizer.state_dict()` after them.",
                 stacklevel=6,
             )
 
-    def _thawed(self) -> None:
-        """Refuse parameters that began to train after `attach`: no optimizer of the run steps their latent weights."""
-        for one in self._frozen:
-            if one.parameter.requires_grad and one.parameter.grad is not None:
-                raise RuntimeError(
-                    f"{one.name!r} was frozen and in no optimizer when the run began, and has a gradient now. "
-                    "End the run with `detach()`, add it to the optimizer, and attach again."
-                )
-
-    def _settle(self) -> None:
+    def _settle(self, *, warn: bool = True) -> None:
         """Repair what an exception left and adopt outside writes; every public call starts here."""
         if not self._handles:
             raise RuntimeError("this run has ended (`finalize` or `detach`). Attach a method again to go on.")
+        writes.refuse_orphans(self._managed)
         self._stepper.repair()
         if self._shown is None:
-            self._adopt_writes()
+            self._adopt_writes(by_value=True, warn=warn)
 
     def _check_in(self) -> None:
         """Look at the parameters before a step."""
-        self._thawed()
+        writes.refuse_thawed(self._frozen)
         self._adopt_writes()
 
     def _end(self, what: str) -> None:
@@ -287,6 +281,7 @@ class Run:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _LIVE.discard(self)
         torch.clear_autocast_cache()
 
 
@@ -324,4 +319,9 @@ def attach(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be a whole number of steps, {least} or more: got {value!r}.")
     managed = managed_of(model, method, optimizers, skip)
+    for run in list(_LIVE):
+        taken = {id(one.parameter) for one in run._managed}
+        twice = next((one.name for one in managed if id(one.parameter) in taken), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} already has a run: {run!r}. Call its `finalize()` or `detach()` first.")
     return Run(managed, optimizers, start=start, seed=seed, refit=refit, compiled=compile)

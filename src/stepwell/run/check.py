@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stepwell.blocks import block_length
-from stepwell.methods.base import Method
+from stepwell.methods.base import Curvature, Method
 from stepwell.quantizers import check_weight
+from stepwell.run import state
 from stepwell.run.managed import Managed, local, located, shard_offset
 from stepwell.run.moments import EXACT, exact, reads_moments
 from stepwell.selection import Row, select
@@ -18,11 +19,21 @@ from stepwell.selection import Row, select
 
 def optimizers_of(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     """Return the optimizers as a list, checked."""
-    found = [given] if isinstance(given, Optimizer) else list(given)
+    found: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     for optimizer in found:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer or a list of them: got {type(optimizer).__name__}.")
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+        if hooks is None:
+            raise TypeError(
+                f"`optimizer`: this {type(optimizer).__name__} has no step hooks of its own, as wrappers have that skip "
+                "`Optimizer.__init__`. Give the optimizer inside it (often `.optimizer`), or attach before it is wrapped."
+            )
+        if any(state.LATENT in entry or state.STEP in entry for entry in optimizer.state.values()):
+            raise ValueError(
+                f"`optimizer`: this {type(optimizer).__name__} was loaded from a run's state before `attach`, which would lose the latent "
+                "weights. Build, attach, load, in this order."
+            )
         if any(getattr(hook, "__module__", "").startswith("stepwell.") for hook in hooks.values()):
             raise ValueError(
                 f"`optimizer`: this {type(optimizer).__name__} already has a run. Call its `finalize()` or `detach()` first, "
@@ -59,6 +70,10 @@ def managed_of(
             for parameter in group["params"]:
                 holders.setdefault(id(parameter), []).append(optimizer)
     found = [_managed(row, holders.get(id(row.parameter), [])) for row in selection.chosen]
+    for one in found:
+        path, _, local_name = one.name.rpartition(".")
+        one.owner = (model.get_submodule(path), local_name)
+    _warn_mixed_decay(found)
     narrow = [one.name for one in found if one.parameter.dtype in (torch.bfloat16, torch.float16) and one.parameter.requires_grad]
     if narrow:
         warnings.warn(
@@ -90,18 +105,18 @@ def _managed(row: Row[Method], holders: Sequence[Optimizer]) -> Managed:
         )
     if len(holders) > 1:
         raise ValueError(f"{name!r} is held by {len(holders)} optimizers: each would undo the other's step. Leave it in one of them.")
-    if isinstance(method.curvature, Mapping):
+    if method.curvature is not None:
         _check_curvature(name, method.curvature, parameter)
     if optimizer is not None and reads_moments(method):
         _check_moments(name, method, optimizer, parameter)
     return Managed(name, parameter, method, quantizer, optimizer, offset=shard_offset(parameter, quantizer, name))
 
 
-def _check_curvature(name: str, curvature: Mapping[str, Tensor], parameter: nn.Parameter) -> None:
-    """Refuse curvature that is missing, of another shape, negative or not finite."""
-    if name not in curvature:
+def _check_curvature(name: str, curvature: Curvature, parameter: nn.Parameter) -> None:
+    """Refuse curvature that is missing, of another shape, negative or not finite; a function is asked once."""
+    if isinstance(curvature, Mapping) and name not in curvature:
         raise ValueError(f"`curvature` holds nothing for {name!r}. Add it, or leave the parameter out with `skip=[{name!r}]`.")
-    given = curvature[name]
+    given = curvature[name] if isinstance(curvature, Mapping) else curvature(name)
     if not isinstance(given, Tensor) or given.shape != parameter.shape:
         came = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(f"`curvature` of {name!r} must be a tensor of shape {tuple(parameter.shape)}: got {came}.")
@@ -125,4 +140,19 @@ def _check_moments(name: str, method: Method, optimizer: Optimizer, parameter: n
         raise ValueError(
             f"{name!r}: {method.name} feeds its penalty through the first moment, which {kind} with betas={tuple(group['betas'])} does not "
             "keep. Use beta1 > 0, or give `curvature=`."
+        )
+
+
+def _warn_mixed_decay(managed: Sequence[Managed]) -> None:
+    """Say where the second moment is not the task gradient's alone: L2 decay that Adam adds to the gradient is squared into it."""
+    mixed = [
+        one
+        for one in managed
+        if reads_moments(one.method) and one.group.get("weight_decay", 0) and not one.group.get("decoupled_weight_decay", False)
+    ]
+    if mixed:
+        warnings.warn(
+            f"{type(mixed[0].optimizer).__name__} adds weight_decay={mixed[0].group['weight_decay']} to the gradient of {len(mixed)} "
+            f"parameters such as {mixed[0].name!r}, so their curvature is not the task's alone. AdamW decays the weights instead.",
+            stacklevel=4,
         )

@@ -34,6 +34,8 @@ class Managed:
         fit: scales that the Run holds instead of refitting them, where the rule is a search.
         seen: version and address of the parameter's memory after our last write.
         grid: the quantizer of `(blocks, block)` rows.
+        place: the optimizer's group and the index within it that hold the parameter.
+        owner: the module that holds the parameter, and under which name.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Managed:
     fit: Fit | None = None
     seen: tuple[int, int] = (-1, -1)
     place: tuple[int, int] = (0, 0)
+    owner: tuple[nn.Module, str] | None = None
 
     def __post_init__(self) -> None:
         self.grid = self.quantizer.local()
@@ -87,6 +90,16 @@ class Managed:
         if blocks.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             tensor.copy_(from_blocks(blocks, tuple(tensor.shape), self.quantizer.block, self.quantizer.axis))
 
+    def unblock(self, blocks: Tensor) -> Tensor:
+        """Return `(blocks, block)` as a local tensor of the parameter's shape."""
+        return from_blocks(blocks, tuple(self.weight.shape), self.quantizer.block, self.quantizer.axis)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the model holds another parameter under this name by now."""
+        module, local_name = self.owner or (None, "")
+        return module is not None and module._parameters.get(local_name) is not self.parameter
+
     def held_fit(self, tensor: Tensor) -> Fit | None:
         """Return scales that rows cannot fit alone: those that are searched or learned, and those with one scale per tensor behind them.
 
@@ -108,8 +121,7 @@ class Managed:
     def rounded(self) -> Tensor:
         """Return the local weight on its grid: what `encode` decodes to."""
         blocks, fit = wide(self.blocks(self.source)), self.held_fit(self.source)
-        on_grid = self.grid.snap(blocks, self.grid.fit(blocks) if fit is None else fit)
-        return from_blocks(on_grid, tuple(self.source.shape), self.quantizer.block, self.quantizer.axis)
+        return self.unblock(self.grid.snap(blocks, self.grid.fit(blocks) if fit is None else fit))
 
     def encode(self) -> Encoded:
         """Return the whole parameter's codes and scales, gathered from all shards."""

@@ -51,6 +51,7 @@ class Stepper:
 
     # Between steps.
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def begin_run(self) -> None:
         """Create everything that a state dictionary holds, also for methods that start later: a checkpoint is read into what is there."""
@@ -58,6 +59,7 @@ class Stepper:
             self._prepare(one)
         self.begin_due()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def begin_due(self) -> None:
         """Begin the method for every parameter whose start has come; a frozen one begins with the first of the others."""
@@ -98,18 +100,35 @@ class Stepper:
         one.note()
 
     @torch.no_grad()
-    def shows(self, one: Managed) -> bool:
-        """Whether the parameter's value is what its latent weight deploys to; the parameter may have been moved or cast since."""
+    def expected(self, one: Managed) -> Tensor:
+        """Return what the latent weight deploys to, on the device and in the dtype that the parameter has now."""
         assert one.latent is not None
         expected = torch.empty_like(one.latent)
         self._show_into(one, expected)
-        return torch.equal(expected.to(one.weight), one.weight)
+        return expected.to(one.weight)
 
+    def shows(self, one: Managed) -> bool:
+        """Whether the parameter's value is what its latent weight deploys to."""
+        return torch.equal(self.expected(one), one.weight)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def adopt(self, one: Managed) -> None:
-        """Make the parameter's value its latent weight."""
-        one.latent = one.weight.clone(memory_format=torch.preserve_format)
-        one.refit(one.weight)
+    def adopt(self, one: Managed, expected: Tensor | None = None) -> None:
+        """Make the parameter's value its latent weight, and show what that deploys to.
+
+        With `expected`, what the parameter would hold had nobody written to it, an element that was left alone keeps its latent weight: a
+        clamp of a few weights is no reason to round the others. Where no weight of a block kept its value, the whole block is new.
+        """
+        weight = one.weight
+        if expected is None or one.latent is None:
+            one.latent = weight.clone(memory_format=torch.preserve_format)
+        else:
+            same = weight == expected
+            kept = one.blocks(same & (weight != 0)).any(1, keepdim=True).expand_as(one.blocks(weight))
+            blocks = torch.where(one.blocks(same) & kept, one.blocks(one.latent), one.blocks(weight))
+            one.latent = one.unblock(blocks).clone(memory_format=torch.contiguous_format)
+        if not torch.equal(one.rounded().to(weight), weight):  # weights that lie on the scales held for them keep these scales
+            one.refit(one.source)
         self.show(one)
 
     @property
