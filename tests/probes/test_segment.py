@@ -82,7 +82,13 @@ def test_positions_must_rise_and_hold_both_ends(positions):
         sw.probes.segment(row([0.4]), Quadratic(torch.eye(1), torch.zeros(1)), toward=UNIT, positions=positions)
 
 
-def test_other_names_at_the_start_are_refused():
-    model = Everything()
-    with pytest.raises(ValueError, match="same weights"):
-        sw.probes.segment(model, Batch(), toward=sw.int3(block="channel"), start={"head.weight": model.head.weight})
+def test_a_state_dictionary_is_a_start_and_a_missing_weight_is_refused():
+    model, other, batch, q = Everything().eval(), Everything(seed=1).eval(), Batch(), sw.int3(block="channel")
+    line = sw.probes.segment(model, batch, toward=q, start=other.state_dict(), positions=(0, 1))
+    mixed = copy.deepcopy(model)  # only the rounded weights move: biases and BatchNorm stay
+    for name in sw.probes.rounded(model, q):
+        mixed.get_parameter(name).data.copy_(other.get_parameter(name))
+    with torch.no_grad():
+        assert line.losses[0] == batch(mixed).item()
+    with pytest.raises(ValueError, match=r"`start` must hold every weight that is moved: got none for conv\.weight, frozen\.weight"):
+        sw.probes.segment(model, batch, toward=q, start={"head.weight": model.head.weight})

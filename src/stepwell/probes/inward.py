@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stepwell.probes.grid import grid
-from stepwell.probes.points import Place, Weights, dot, place, same_names, weight, working
+from stepwell.probes.points import Place, Weights, dot, matching, place, weight, working
 from stepwell.probes.stage import Cost, Loss, Stage, check_tolerance, staged
 from stepwell.quantizers import Encoded, Quantizer
 
@@ -87,7 +87,7 @@ def inward(
         model: holds the latent weights w; left exactly as found.
         loss: evaluates the model on fixed data and returns one number as a tensor. A noisy minibatch hides the direction.
         at: the quantized weights q by name; a Quantizer rounds the model's to nearest.
-        toward: the reference b; None is w itself, which is right before the first step.
+        toward: the reference b, a state dictionary for instance; None is w itself, which is right before the first step.
         baseline: the loss that "outside" is measured from; None evaluates the reference.
         tolerance: growth of the loss that still counts as inside, above 0.
 
@@ -107,8 +107,7 @@ def inward(
     if baseline is not None and not math.isfinite(baseline):
         raise ValueError(f"`baseline` must be finite: got {baseline}.")
     quantized = place(model, at, "at")
-    reference: Place = dict.fromkeys(quantized) if toward is None else place(model, toward, "toward")
-    same_names(quantized, reference, ("at", "toward"))
+    reference: Place = dict.fromkeys(quantized) if toward is None else matching(model, toward, "toward", quantized)
     with staged(model, loss, quantized) as stage:
         latent_loss, latent = _against(stage, quantized, reference)
         stage.put(lambda name, base: weight(quantized[name], base))

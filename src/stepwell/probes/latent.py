@@ -12,7 +12,7 @@ from torch import nn
 
 from stepwell.probes.grid import grid
 from stepwell.probes.neighbours import encoded_place
-from stepwell.probes.points import Place, Weights, dot, place, same_names, weight, working
+from stepwell.probes.points import Place, Weights, dot, matching, place, weight, working
 from stepwell.probes.stage import Cost, Loss, Stage, staged
 from stepwell.quantizers import Encoded, Quantizer
 
@@ -59,7 +59,7 @@ def latent(model: nn.Module, loss: Loss, *, at: Weights | Quantizer, start: Weig
         model: holds the latent weights w; left exactly as found.
         loss: evaluates the model on fixed data and returns one number as a tensor.
         at: the deployed weights q, encoded, by name; a Quantizer rounds the model's to nearest.
-        start: the weights b before training, by name.
+        start: the weights b before training, a state dictionary for instance.
 
     Returns:
         Losses, distances and moved codes; seven forward passes, one more with BatchNorm.
@@ -68,8 +68,7 @@ def latent(model: nn.Module, loss: Loss, *, at: Weights | Quantizer, start: Weig
         TypeError, ValueError: as `segment`, and plain tensors in `at`.
     """
     deployed = encoded_place(place(model, at, "at"), "at")
-    before = place(model, start, "start")
-    same_names(dict(deployed), before, ("at", "start"))
+    before = matching(model, start, "start", dict(deployed))
     with staged(model, loss, deployed) as stage:
         losses = []
         for point in (

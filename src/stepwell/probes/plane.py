@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepwell.probes.grid import grid
 from stepwell.probes.neighbours import encoded_place
-from stepwell.probes.points import Place, Weights, dot, place, same_names, weight, working
+from stepwell.probes.points import Place, Weights, dot, matching, place, weight, working
 from stepwell.probes.stage import Cost, Loss, Stage, check_tolerance, staged
 from stepwell.quantizers import Encoded, Quantizer
 
@@ -67,8 +67,7 @@ def plane(model: nn.Module, loss: Loss, *, toward: Weights | Quantizer, across: 
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ValueError(f"`size` must be a whole number of points along each side, 2 or more: got {size!r}.")
     first = encoded_place(place(model, toward, "toward"), "toward")
-    second = place(model, across, "across")
-    same_names(dict(first), second, ("toward", "across"))
+    second = matching(model, across, "across", dict(first))
     positions = tuple(-0.5 + 2 * k / (size - 1) for k in range(size))
     with staged(model, loss, first) as stage:
         near, far, both = _products(stage, first, second)

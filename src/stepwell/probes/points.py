@@ -66,11 +66,14 @@ def place(model: nn.Module, given: Weights | Quantizer, argument: str) -> Place:
     return found
 
 
-def same_names(one: Place, other: Place, arguments: tuple[str, str]) -> None:
-    """Raise unless two points move the same weights."""
-    odd = sorted(set(one) ^ set(other))
-    if odd:
-        raise ValueError(f"`{arguments[0]}` and `{arguments[1]}` must name the same weights: got {_few(odd)} in one of them only.")
+def matching(model: nn.Module, given: Weights | Quantizer, argument: str, like: Place) -> Place:
+    """Return a second point for the weights that a first one moves; other entries, of a whole state dictionary, are not used."""
+    if isinstance(given, Mapping) and given:
+        missing = [name for name in like if name not in given]
+        if missing:
+            raise ValueError(f"`{argument}` must hold every weight that is moved: got none for {_few(missing)}.")
+        given = {name: given[name] for name in like}
+    return place(model, given, argument)
 
 
 def weight(value: Encoded | Tensor | None, base: Tensor) -> Tensor:

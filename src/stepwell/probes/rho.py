@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stepwell.probes.directions import alone, gaussian_noise, keys, uniform_noise
-from stepwell.probes.points import Move, Place, Weights, length, place, same_names
+from stepwell.probes.points import Move, Place, Weights, length, matching, place
 from stepwell.probes.points import toward as displacement
 from stepwell.probes.stage import Cost, Loss, check_tolerance, staged
 from stepwell.probes.width import Width, along
@@ -149,13 +149,11 @@ def rho_cross(
         width: of an earlier call with the same `coarse`.
 
     Raises:
-        TypeError, ValueError: as `width`; other names in `coarse`; a given width of another tolerance.
+        TypeError, ValueError: as `width`; a name missing in `coarse`; a given width of another tolerance.
     """
-    other = place(model, coarse, "coarse")
 
     def direction(target: Place) -> list[Move]:
-        same_names(target, other, ("toward", "coarse"))
-        return [displacement(other)]
+        return [displacement(matching(model, coarse, "coarse", target))]
 
     return _by_distance("rho_cross", model, loss, toward, tolerance, width, direction)
 

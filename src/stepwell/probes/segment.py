@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stepwell.probes.points import Place, Weights, place, same_names, weight
+from stepwell.probes.points import Place, Weights, matching, place, weight
 from stepwell.probes.stage import Cost, Loss, staged
 from stepwell.quantizers import Encoded, Quantizer
 
@@ -65,7 +65,7 @@ def segment(
         model: any module; left exactly as found.
         loss: evaluates the model on fixed data and returns one number as a tensor.
         toward: the end of the line: weights by name, encoded or plain; a Quantizer stands for the model's weights rounded to nearest.
-        start: where the line begins; None is the model's own weights.
+        start: where the line begins, a state dictionary for instance; None is the model's own weights.
         positions: strictly rising, 0 and 1 among them.
 
     Returns:
@@ -86,8 +86,7 @@ def segment(
     if not {0.0, 1.0} <= set(grid) or any(not one < two for one, two in itertools.pairwise(grid)) or not all(map(math.isfinite, grid)):
         raise ValueError(f"`positions` must rise strictly and contain 0 and 1: got {grid}.")
     end = place(model, toward, "toward")
-    begin: Place = dict.fromkeys(end) if start is None else place(model, start, "start")
-    same_names(begin, end, ("start", "toward"))
+    begin: Place = dict.fromkeys(end) if start is None else matching(model, start, "start", end)
     _refuse_other_scales(begin, end)
     with staged(model, loss, end) as stage:
         losses = []
