@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+import typer
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
@@ -145,12 +146,26 @@ def test_inspect_reads_matmulnbits_nodes(run, tmp_path, bits, zero_points):
     assert row == {**expected, "bits_per_weight": 8 * size / 960}
 
 
-def test_inspect_says_when_nothing_is_quantized(run, tmp_path):
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
-    onnx.save(helper.make_model(helper.make_graph([], "g", [value], [value])), str(tmp_path / "m.onnx"))
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("MatMul", "ONNX model without quantized weights, 1 nodes and 1 constants"),
+        ("MatMulInteger", "ONNX model without MatMulNBits, quantized by MatMulInteger, which is not read here"),
+    ],
+)
+def test_inspect_says_what_an_onnx_model_without_matmulnbits_is(run, tmp_path, operator, kind):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [helper.make_tensor("w", 1, [1, 1], [2])]
+    )
+    onnx.save(helper.make_model(graph), str(tmp_path / "m.onnx"))
     code, out, _ = run("inspect", tmp_path / "m.onnx")
     assert code == 0
-    assert "Nothing in it is quantized" in out
+    assert kind in out
+    assert "0 weights" not in out
+    assert "No quantized weight in it" in out
+    found = json.loads(run("inspect", tmp_path / "m.onnx", "--json")[1])
+    assert (found["kind"], found["weights"]) == (kind, [])
 
 
 @pytest.mark.parametrize(
@@ -160,10 +175,12 @@ def test_inspect_says_when_nothing_is_quantized(run, tmp_path):
         (["inspect", "damaged.safetensors"], b"\x05garbage that is no header", "damaged.safetensors"),
         (["inspect", "damaged.onnx"], b"garbage that is no protocol buffer", "damaged.onnx"),
         (["inspect", "empty.safetensors"], b"", "empty.safetensors"),
-        (["inspect", "folder.onnx"], "folder", "folder.onnx"),
-        (["inspect"], None, "Missing argument"),
-        (["formats", "--nonsense"], None, "--nonsense"),
-        (["nonsense"], None, "nonsense"),
+        (["inspect", "folder.onnx"], "folder", "folder.onnx is a folder"),
+        (["inspect"], None, "Missing argument 'file'. Try `stepwell inspect --help`."),
+        (["formats", "--nonsense"], None, "No such option: --nonsense. Try `stepwell formats --help`."),
+        (["nonsense"], None, "No such command 'nonsense'. Try `stepwell --help`."),
+        (["predict", "--bits", "four"], None, "Invalid value for '--bits'"),
+        (["demo", "--out", "/dev/null/demo"], None, "`out`: cannot write into the folder /dev/null/demo"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -176,8 +193,23 @@ def test_bad_input_is_named_and_leaves_with_two(run, tmp_path, monkeypatch, argu
     code, out, error = run(*arguments)
     assert (code, out) == (2, "")
     assert words in error
-    if error.startswith("stepwell:"):  # the library's own errors; usage errors are the parser's, in its frame
-        assert error.count("\n") == 1
+    assert error.startswith("stepwell: ")
+    assert error.count("\n") == 1
+
+
+def test_no_arguments_print_the_help(run):
+    code, out, error = run()
+    assert (code, error) == (2, "")
+    assert all(name in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, typer.Abort])
+def test_an_interrupt_leaves_without_a_traceback(run, monkeypatch, stop):
+    def interrupted():
+        raise stop
+
+    monkeypatch.setattr("stepwell.formats.formats", interrupted)
+    assert run("formats") == (130, "", "")
 
 
 def test_missing_extra_is_a_failure_that_names_it(run, tmp_path, monkeypatch):

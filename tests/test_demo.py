@@ -126,6 +126,16 @@ def test_one_seed_is_refused_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("place", ["taken", "taken/demo", "/proc/demo"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(place, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    trained = []
+    monkeypatch.setattr("stepwell.commands.demo.run", lambda *arguments: trained.append(arguments))
+    with pytest.raises(ValueError, match=f"`out`: cannot write into the folder .*{place}.*--out"):
+        demo(out=tmp_path / place, quick=True)
+    assert not trained
+
+
 @pytest.mark.parametrize("missing", ["sklearn", "onnx", "onnxruntime"])
 def test_a_missing_extra_is_named_before_anything_is_trained(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)

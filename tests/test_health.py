@@ -76,6 +76,19 @@ def test_numbers_that_are_none_are_found_and_named(value):
     assert "NOT FINITE" in line
 
 
+def test_the_table_says_what_needs_another_look():
+    watch, model = Watch(), "layer.weight"
+    tables = []
+    for weight in ([1.0, 2.0], [2.0, 2.0], [1.0, 2.0]):
+        tables.append(str(Health({model: watch.look(torch.tensor([weight]), FIXED.local())})).splitlines())
+    cells = [[line.split()[2:5] for line in table[1:3]] for table in tables]  # flips, oscillation, dead; of the weight and of all
+    assert cells == [[["-", "-", "-"]] * 2, [["0.5000", "-", "0.5000"]] * 2, [["0.5000", "0.5000", "0.5000"]] * 2]
+    assert "nan" not in str(tables)
+    assert "flips and dead need a second look, oscillation a third" in tables[0][-1]
+    assert "oscillation needs a third look" in tables[1][-1]
+    assert [len(table) for table in tables] == [4, 4, 3]
+
+
 def test_total_weighs_by_elements():
     rows = {"a": looks([1.0, 2.0, 3.0], [2.0, 2.0, 3.0])[1], "b": looks([1.0], [2.0])[1]}
     total = Health(rows).total

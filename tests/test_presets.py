@@ -60,8 +60,38 @@ def test_every_level_of_the_grid_is_used_at_two_bits():
         (lambda: sw.fp8(kind="e3m4"), "`kind`.*got 'e3m4'"),
         (lambda: sw.mxfp4(rule="even"), "`rule`.*got 'even'"),
         (lambda: sw.ternary(scale="mean"), "`scale`.*got 'mean'"),
+        (lambda: sw.int4(scale=1e-50), r"`scale`.*fp32 scales, 1.18e-38 to 3.4e\+38: got 1e-50"),
+        (lambda: sw.int4(scale=1e39), r"`scale`.*fp32.*got 1e\+39"),
+        (lambda: sw.int4(scale=1e6, scale_dtype="fp16"), r"`scale`.*fp16 scales, 6.1e-05 to 6.55e\+04: got 1e\+06"),
+        (lambda: sw.ternary(scale=1e-9, scale_dtype="fp16"), "`scale`.*fp16.*got 1e-09"),
+        (lambda: sw.fp8(scale=1e-39, scale_dtype="bf16"), "`scale`.*bf16.*got 1e-39"),
+        (lambda: sw.fp4(scale=1e39, scale_dtype="e8m0"), r"`scale`.*e8m0 scales, 5.88e-39 to 1.7e\+38: got 1e\+39"),
+        (lambda: sw.int8(scale=1e-37, scale_dtype="e4m3"), "`scale`.*e4m3.*got 1e-37"),
+        (lambda: sw.int8(scale=1e37, scale_dtype="e4m3"), r"`scale`.*e4m3.*got 1e\+37"),
     ],
 )
 def test_options_outside_the_list_are_refused_by_value(build, said):
     with pytest.raises(ValueError, match=said):
         build()
+
+
+# the smallest and the largest normal number of each scale dtype; e4m3 scales stand under a float32 number that must be normal as well
+NORMAL = [
+    ("fp32", 2.0**-126, (2 - 2.0**-23) * 2.0**127),
+    ("fp16", 2.0**-14, 65504.0),
+    ("bf16", 2.0**-126, (2 - 2.0**-7) * 2.0**127),
+    ("e8m0", 2.0**-127, 2.0**127),
+    ("e4m3", 448 * 2.0**-126, 2.0**127 / 7),
+]
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), NORMAL)
+def test_a_fixed_scale_at_either_end_of_the_range_is_stored_as_it_is(dtype, low, high):
+    weight = torch.ones(1, 32, dtype=torch.float64)
+    for scale in (low, high):
+        stored = sw.int4(scale=scale, scale_dtype=dtype).scale(weight).item()
+        assert stored == pytest.approx(scale, rel=2.0**-20)  # e4m3: three float32 roundings and its slack
+    for scale in (0.999 * low, 1.001 * high):
+        if dtype != "e4m3" or scale < low:  # its upper end is any number whose product with the edge is finite
+            with pytest.raises(ValueError, match=f"`scale`.*{dtype}"):
+                sw.int4(scale=scale, scale_dtype=dtype)

@@ -186,3 +186,10 @@ def test_local_quantizers_see_blocks_as_rows(quantizer):
     weight = gaussian(8, 64, seed=10)
     blocks = weight.reshape(-1, quantizer.block)
     assert torch.equal(quantizer.local()(blocks).reshape(8, 64), quantizer(weight))
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", torch.Generator(), stochastic, True])
+@pytest.mark.parametrize("call", ["__call__", "encode"])
+def test_a_rounding_that_is_no_function_of_a_bracket_is_refused_with_the_way_out(rounding, call):
+    with pytest.raises(TypeError, match=r"`rounding` must be .*`sw\.stochastic\(generator\)`: got "):
+        getattr(int4(), call)(torch.ones(2, 32), rounding=rounding)

@@ -136,6 +136,33 @@ def test_a_string_for_skip_is_refused_by_value():
         select(Model(), skip="head")
 
 
+def test_skip_that_is_no_sequence_of_names_is_refused_by_value():
+    for skip in (None, 3):
+        with pytest.raises(TypeError, match=f"`skip` must be a sequence of names: got {skip}"):
+            select(Model(), skip=skip)
+    with pytest.raises(TypeError, match="must be strings: got 3"):
+        select(Model(), skip=["mlp", 3])
+    with pytest.raises(TypeError, match="must be strings: got None"):
+        select(Model(), {None: True})
+    assert chosen(Model(), skip={"mlp"}) == chosen(Model(), skip=["mlp"])  # a set of names is one too
+
+
+@pytest.mark.parametrize("call", [select, lambda model: sw.ptq.rtn(model, sw.int4())])
+@pytest.mark.parametrize(("model", "kind"), [(torch.ones(2, 2), "Tensor"), (nn.Linear, "type"), (None, "NoneType"), ({}, "dict")])
+def test_what_is_no_module_is_refused_by_kind(call, model, kind):
+    with pytest.raises(TypeError, match=f"`model` must be a torch module: got {kind}"):
+        call(model)
+
+
+def test_a_lazy_module_is_refused_until_it_has_a_shape():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    for call in (select, lambda model: select(model, skip=["1"]), lambda model: sw.ptq.rtn(model, sw.int4(block=4))):
+        with pytest.raises(ValueError, match=r"parameter '1\.weight' has no shape yet.*Run one forward pass first"):
+            call(model)
+    model(torch.ones(1, 8))
+    assert chosen(model) == ["0.weight", "1.weight"]
+
+
 def test_a_weight_with_two_contraction_dimensions_is_left_out():
     linear, conv1d = nn.Linear(8, 8, bias=False), Conv1D(8, 8)
     conv1d.weight = linear.weight
@@ -201,3 +228,9 @@ def test_the_table_counts_parameters_and_elements():
     assert "1 of 4 parameters quantized: 16 of 40 elements" in text
     assert "skipped by name" in text
     assert "nothing" not in str(select(nn.Identity()))
+
+
+def test_the_prompt_shows_the_table_and_no_tensors():
+    selection = select(nn.Linear(4, 4))
+    assert repr(selection) == str(selection)
+    assert "tensor(" not in repr(selection)

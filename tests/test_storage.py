@@ -113,6 +113,8 @@ def test_what_cannot_be_saved_is_refused_by_value(tmp_path):
         storage.save([encoded], tmp_path / "one")
     with pytest.raises(FileNotFoundError, match=r"`path`.*nowhere"):
         storage.save(encoded, tmp_path / "nowhere" / "one")
+    with pytest.raises(IsADirectoryError, match=r"`path` must be a file: got the folder .*weights\.safetensors"):
+        storage.save(encoded, tmp_path)
     assert os.listdir(tmp_path) == []
 
 

@@ -4,6 +4,7 @@ Flips are codes that changed between two looks; an oscillation is a flip that ca
 "Overcoming oscillations in quantization-aware training", arXiv:2203.11086); a dead weight has never changed its code.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,8 +62,12 @@ class Health:
         width = max([len(name) for name in self.parameters] + [5])
         lines = [f"{'name':<{width}}  {'elements':>10}  " + "  ".join(f"{key:>11}" for key in FRACTIONS)]
         for name, row in [*self.parameters.items(), ("total", self.total)]:
-            cells = "  ".join(f"{getattr(row, key):>11.4f}" for key in FRACTIONS)
+            cells = "  ".join(f"{'-' if math.isnan(getattr(row, key)) else format(getattr(row, key), '.4f'):>11}" for key in FRACTIONS)
             lines.append(f"{name:<{width}}  {row.elements:>10,}  {cells}{'' if row.finite else '  NOT FINITE'}")
+        if any(math.isnan(row.flips) for row in self.parameters.values()):
+            lines.append("-: flips and dead need a second look, oscillation a third. Call `health()` again after some steps.")
+        elif any(math.isnan(row.oscillation) for row in self.parameters.values()):
+            lines.append("-: oscillation needs a third look. Call `health()` again after some steps.")
         return "\n".join(lines)
 
 

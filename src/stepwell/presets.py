@@ -2,10 +2,12 @@
 
 from typing import Literal
 
+import torch
+
 from stepwell.blocks import Block
 from stepwell.formats import FP4_E2M1, FP8_E4M3, FP8_E5M2, TERNARY, Format, Levels, integer
 from stepwell.quantizers import Compute, Quantizer
-from stepwell.scales import Rule, ScaleDtype, ScaleRounding
+from stepwell.scales import TORCH_DTYPES, Rule, ScaleDtype, ScaleRounding
 
 
 def intn(
@@ -23,7 +25,7 @@ def intn(
     Args:
         bits: 2..8.
         block: elements per scale along the contraction dimension, "channel", or None for one scale per tensor.
-        scale: "absmax", "mse" (searched), or a positive number: the scale itself.
+        scale: "absmax", "mse" (searched), or a positive number: the scale itself, within the normal range of its dtype.
         scale_dtype: "fp32", "fp16", "bf16", "e8m0" (a power of two, rounded up) or "e4m3" (rounded up, with a tensor scale).
         levels: "symmetric" -q..q, "full" -(q+1)..q with a signed scale, "mid" half-odd codes without a zero, "affine" with a zero point.
         axis: the contraction dimension where it is not the usual one.
@@ -100,4 +102,23 @@ def _build(format: Format, block: Block, scale: Rule, scale_dtype: ScaleDtype, a
     rounding: ScaleRounding = "nearest"
     if scale_dtype == "e8m0" or (scale_dtype == "e4m3" and scale != "mse"):
         rounding = "up"
-    return Quantizer(format, block, scale, scale_dtype, rounding, axis=axis, compute=compute)
+    quantizer = Quantizer(format, block, scale, scale_dtype, rounding, axis=axis, compute=compute)
+    if isinstance(quantizer.rule, float):
+        _check_fixed(quantizer.rule, format, scale_dtype)
+    return quantizer
+
+
+def _check_fixed(scale: float, format: Format, dtype: ScaleDtype) -> None:
+    """Refuse a fixed scale that its dtype would saturate, flush to zero or hold with few bits."""
+    if dtype == "e8m0":
+        low, high = 2.0**-127, 2.0**127
+    else:
+        limits = torch.finfo(TORCH_DTYPES.get(dtype, torch.float32))
+        low, high = limits.smallest_normal, limits.max
+    if dtype == "e4m3":  # the float32 scale of the scales is `scale / 448`, reached by way of `scale * edge`
+        low, high = low * FP8_E4M3.high, high / format.edge
+    if not low <= scale <= high:
+        raise ValueError(
+            f"`scale` must lie in the normal range of {dtype} scales, {low:.3g} to {high:.3g}: got {scale:g}. "
+            "Choose another `scale_dtype`, or scale='absmax' to fit it to the weights."
+        )

@@ -66,7 +66,7 @@ class Quantizer:
             `(*shape)` in the weight's dtype.
 
         Raises:
-            TypeError: an integer weight.
+            TypeError: an integer weight, or a rounding that is no function of a bracket.
             ValueError: an empty or non-finite weight, a block that does not divide, scales of another shape, infinite or of a wrong sign.
         """
         blocks, fit, _ = self.prepare(weight, scale)
@@ -233,7 +233,9 @@ class Quantizer:
             one, two = self.deliver(found.lower, fit), self.deliver(found.upper, fit)
             gap = (two - one).masked_fill(one == two, torch.inf)
             found = found._replace(x=found.lower + ((blocks - one) / gap).clamp_(0, 1) * (found.upper - found.lower))
-        return rounding(found)
+        if not callable(rounding) or not isinstance(rounded := rounding(found), Tensor):
+            raise TypeError(f"`rounding` must be None or a function of a Bracket such as `sw.stochastic(generator)`: got {rounding!r}.")
+        return rounded
 
 
 class Encoded(NamedTuple):

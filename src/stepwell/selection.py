@@ -4,12 +4,13 @@ Selected by default: weights of Linear, Conv, GPT-2's Conv1D, attention projecti
 to them, norms and biases.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 Choice = TypeVar("Choice")
@@ -38,7 +39,7 @@ class Row(Generic[Choice]):
 
 
 class Selection(tuple[Row[Choice], ...]):
-    """Rows for every parameter of a model, in the model's order; `print` shows a table."""
+    """Rows for every parameter of a model, in the model's order; `print` and the prompt show a table."""
 
     __slots__ = ()
 
@@ -58,6 +59,8 @@ class Selection(tuple[Row[Choice], ...]):
         lines.append(f"{len(self.chosen)} of {len(self)} parameters quantized: {chosen:,} of {total:,} elements")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def select(model: nn.Module, choices: Choice | Mapping[str, Choice | None] = True, *, skip: Sequence[str] = ()) -> Selection[Choice]:  # type: ignore[assignment]
     """Return what becomes of each parameter of a model.
@@ -70,11 +73,17 @@ def select(model: nn.Module, choices: Choice | Mapping[str, Choice | None] = Tru
         skip: names or patterns to leave out.
 
     Raises:
-        TypeError: `skip` is one string.
-        ValueError: a name that matches nothing, or a selected weight that is computed from other parameters (weight_norm, LoRA).
+        TypeError: `model` is no module, `skip` no sequence of names, or a name in the mapping no string.
+        ValueError: a parameter without a shape yet (a lazy module), a name that matches nothing, or a selected weight that is computed
+            from other parameters (weight_norm, LoRA).
     """
     if isinstance(skip, str):
         raise TypeError(f"`skip` must be a sequence of names: got the string {skip!r}. Write skip=[{skip!r}].")
+    if not isinstance(skip, Collection):
+        raise TypeError(f"`skip` must be a sequence of names: got {skip!r}. Write skip=['head'], or leave it out to skip nothing.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch module: got {type(model).__name__}. Give the model itself, not its weights or its name.")
+    _refuse_odd(model, [*skip, *(choices if isinstance(choices, Mapping) else ())])
     names = _aliases(model)
     mapping: Mapping[str, Choice | None] = choices if isinstance(choices, Mapping) else {"*": choices}
     computed = dict(_computed(model))
@@ -158,6 +167,18 @@ def _experts(module: nn.Module, local: str, parameter: nn.Parameter) -> tuple[bo
     if inputs_first == outputs_first:
         return False, None, "expert tensor whose layout its shapes do not settle: name it exactly and give `axis=`"
     return True, (1 if inputs_first else 2), "expert weights, stored as (experts, " + ("in, out)" if inputs_first else "out, in)")
+
+
+def _refuse_odd(model: nn.Module, patterns: Sequence[object]) -> None:
+    """Refuse names that are no strings, and parameters that a lazy module has not made yet."""
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`skip` and mapping names must be strings: got {pattern!r}. `model.named_parameters()` lists the names.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"`model`: parameter {name!r} has no shape yet, its lazy module is not initialized. Run one forward pass first."
+            )
 
 
 def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str]) -> None:

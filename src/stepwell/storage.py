@@ -41,6 +41,7 @@ def save(encoded: Encoded | Mapping[str, Encoded], path: str | Path) -> None:
         TypeError: something that is not encoded.
         ValueError: nothing to save.
         FileNotFoundError: no such folder.
+        IsADirectoryError: `path` is a folder.
     """
     path = Path(path)
     single = isinstance(encoded, Encoded)
@@ -60,6 +61,8 @@ def save(encoded: Encoded | Mapping[str, Encoded], path: str | Path) -> None:
         described[name] = {"shape": list(weight.codes.shape), "dtype": str(weight.scales.dtype), **_describe(weight.quantizer)}
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path`: no folder at {path.parent}. Make it first.")
+    if path.is_dir():
+        raise IsADirectoryError(f"`path` must be a file: got the folder {path}. Name a file in it, such as {path / 'weights.safetensors'}.")
     header = {"version": VERSION, "single": single, "weights": described}
     _write(tensors, {"stepwell": json.dumps(header)}, path)
 

@@ -102,6 +102,28 @@ def test_long_blocks_are_split_and_their_scales_repeated():
     assert (held.scales == held.scales[:, :1]).all()
 
 
+# inputs -> the longest block of the operator that divides them
+@pytest.mark.parametrize(("inputs", "block"), [(32, 32), (48, 16), (64, 64), (256, 256), (320, 64), (384, 128)])
+@pytest.mark.parametrize("span", [None, "channel"])
+@pytest.mark.parametrize("levels", ["symmetric", "affine"])
+def test_one_scale_for_all_inputs_is_repeated_over_blocks_of_one_row(inputs, block, span, levels):
+    encoded = sw.int4(block=span, levels=levels).encode(weight(rows=16, columns=inputs))
+    assert nbits.refusal(encoded) is None
+    held = nbits.hold(encoded)
+    assert (held.block, held.scales.shape) == (block, (16, inputs // block))
+    assert np.array_equal(held.decode(), encoded.decode().numpy())
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(1))
+    found = torch.from_numpy(single_node(held).run(None, {"A": x.numpy()})[0]).double()
+    decoded = encoded.decode().double()
+    bound = (inputs + 2) * 2**-24 * (x.double().abs() @ decoded.abs().T)  # as for the kernel above
+    assert bool(((found - x.double() @ decoded.T).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("span", [None, "channel"])
+def test_inputs_that_no_block_divides_are_refused(span):
+    assert "got one scale for 24 inputs" in str(nbits.refusal(sw.int4(block=span).encode(weight(rows=64, columns=24))))
+
+
 @pytest.mark.parametrize(
     ("grid", "words"),
     [

@@ -1,7 +1,10 @@
 """The certificate: true files pass, every tampering is found, and the numbers are those of a plain comparison."""
 
+import copy
 import json
+import shutil
 import sys
+import warnings
 
 import numpy as np
 import onnx
@@ -261,6 +264,41 @@ def test_bad_arguments_are_refused(case, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModuleNotFoundError, match=r'onnxruntime.*pip install "stepwell\[onnx\]"'):
         sw.verify(path, model, example, encoded)
+
+
+def test_a_file_without_quantized_weights_certifies_nothing(case, tmp_path):
+    model, encoded, example, _, _ = case("mlp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(copy.deepcopy(model).eval(), example, tmp_path / "float.onnx", dynamo=True, verbose=False, external_data=False)
+    certificate = sw.verify(tmp_path / "float.onnx", model, example)
+    assert (certificate.codes_equal, certificate.scales_equal, certificate.values_equal) == (None, None, None)
+    assert (certificate.passed, certificate.layers) == (False, ())
+    assert certificate.max_relative_error <= certificate.tolerance  # the outputs are equal, and that is all
+    text = str(certificate)
+    assert "no quantized weight was found in the file: nothing was compared but outputs" in text
+    assert "NOT PASSED" in text
+    assert "largest difference" in text
+    missing = sw.verify(tmp_path / "float.onnx", model, example, encoded)
+    assert (missing.passed, missing.values_equal) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        ((torch.ones(4, 63),), "the model does not run on inputs of shape 4x63.*mat1 and mat2"),
+        (
+            (torch.ones(64),),
+            ".*m.onnx does not run on inputs of shape 64.*onnxruntime says: .*rank",
+        ),  # torch takes a row, the file does not
+        ((torch.ones(4, 64, dtype=torch.long),), "the model does not run on inputs of shape 4x64.*dtype"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_named(case, tmp_path, example, said):
+    model, encoded, _, path, _ = case("mlp")
+    shutil.copy(path, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=f"`example`: {said}"):
+        sw.verify(tmp_path / "m.onnx", model, example, encoded)
 
 
 def lambda_model() -> nn.Module:

@@ -31,6 +31,7 @@ def demo(
     if seeds is not None and seeds < 2:
         raise ValueError(f"`seeds` must be at least 2: got {seeds}. A spread needs two networks; 5 is the default.")
     need_extras()
+    need_folder(out)
     from stepwell.recipes.digits import digits, quick_digits
 
     config = quick_digits() if quick else digits()
@@ -57,6 +58,22 @@ def need_extras() -> None:
     from stepwell.export.extras import need
 
     need("sklearn", "onnx", "onnx_ir", "onnxscript", "onnxruntime", extra="demo")
+
+
+def need_folder(out: Path) -> None:
+    """Make the folder, and a file in it for a moment, before anything is trained.
+
+    Raises:
+        ValueError: the folder cannot be made, or nothing can be written into it.
+    """
+    from tempfile import TemporaryFile
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"`out`: cannot write into the folder {out} ({error.strerror or error}). Give another one with --out.") from error
 
 
 def run(config: "Comparison", out: Path) -> "Story":

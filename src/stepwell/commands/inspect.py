@@ -17,14 +17,20 @@ Row = dict[str, object]
 
 def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors or .onnx file.")], *, json: Json = False) -> None:
     """Show the quantized weights of a file: grid, block, scales, bits per weight."""
+    if file.is_dir():
+        raise IsADirectoryError(f"`file`: {file} is a folder. Give a .safetensors or .onnx file in it.")
     if not file.is_file():
         raise FileNotFoundError(f"`file`: no file at {file}. Give a .safetensors or .onnx file.")
     kind, rows = read_onnx(file) if file.suffix == ".onnx" else read_safetensors(file)
-    note = "" if rows else "Nothing in it is quantized."
     if json:
         print_json({"file": str(file), "kind": kind, "bytes": file.stat().st_size, "weights": rows})
     else:
-        print_table(rows, title=f"{file.name}: {kind}, {len(rows)} weights, {file.stat().st_size} bytes", note=note)
+        count = f", {len(rows)} weights" if rows else ""
+        print_table(
+            rows,
+            title=f"{file.name}: {kind}{count}, {file.stat().st_size} bytes",
+            note="" if rows else "No quantized weight in it that this command reads.",
+        )
 
 
 def read_safetensors(file: Path) -> tuple[str, list[Row]]:
@@ -70,7 +76,16 @@ def read_onnx(file: Path) -> tuple[str, list[Row]]:
         for tensor in model.graph.initializer
     }
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    return "ONNX model with MatMulNBits", [_node_row(node, stored) for node in nodes]
+    rows = [_node_row(node, stored) for node in nodes]
+    return ("ONNX model with MatMulNBits" if rows else _other_onnx(model.graph)), rows
+
+
+def _other_onnx(graph: Any) -> str:
+    """Say what an ONNX model without MatMulNBits nodes is: quantized in another way, or not at all."""
+    other = sorted({node.op_type for node in graph.node if re.search("Quant|QLinear|QGemm|Integer|NBits|Bnb4", node.op_type)})
+    if other:
+        return f"ONNX model without MatMulNBits, quantized by {', '.join(other)}, which is not read here"
+    return f"ONNX model without quantized weights, {len(graph.node)} nodes and {len(graph.initializer)} constants"
 
 
 def _encoded_rows(file: Path, tensors: dict[str, tuple[str, list[int]]]) -> list[Row]:

@@ -36,15 +36,15 @@ class Certificate:
         path, sha256: the file that was checked.
         runtime, version: what ran it.
         codes_equal, scales_equal: over all layers; None where no encoded weights were given.
-        values_equal: whether every decoded weight is the model's.
+        values_equal: whether every decoded weight is the model's; None where no weight could be compared.
         max_relative_error: largest difference of an output over all runs, relative to the largest output.
         tolerance: what that error may be, `max(2e-6, 4 * noise)`.
         noise: what one order of float32 summation moves the same outputs by, in the same unit.
         kl: mean Kullback-Leibler divergence of the runtime's softmax from the model's, in nats per row; None without classes.
         top1_agreement: share of rows with the same largest logit; None without classes.
         inputs: input shapes of every run.
-        layers: one row per weight.
-        passed: weights equal and error within tolerance.
+        layers: one row per weight; none where the file holds no quantized weight and no encoded weights were given.
+        passed: weights equal and error within tolerance; never without a weight in `layers`.
     """
 
     path: str
@@ -53,7 +53,7 @@ class Certificate:
     version: str
     codes_equal: bool | None
     scales_equal: bool | None
-    values_equal: bool
+    values_equal: bool | None
     max_relative_error: float
     tolerance: float
     noise: float
@@ -79,15 +79,21 @@ class Certificate:
         ]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
         lines = [f"{self.path} in {self.runtime} {self.version}: {'passed' if self.passed else 'NOT PASSED'}"]
+        if not self.layers:
+            return "\n".join([*lines, "no quantized weight was found in the file: nothing was compared but outputs", *self._outputs()])
         for row, note in zip([head, *rows], ["", *(layer.note for layer in self.layers)], strict=True):
             lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), note]).rstrip())
-        lines.append(
+        return "\n".join([*lines, *self._outputs()])
+
+    def _outputs(self) -> list[str]:
+        """Return the lines about outputs."""
+        lines = [
             f"outputs on inputs of {', '.join(self.inputs)}: largest difference {self.max_relative_error:.1e} of the largest output, "
             f"allowed {self.tolerance:.1e} (the larger of 2e-6 and 4 times float32 noise {self.noise:.1e})"
-        )
+        ]
         if self.kl is not None and self.top1_agreement is not None:
             lines.append(f"KL {self.kl:.1e} nats per row, top-1 agreement {self.top1_agreement:.2%}")
-        return "\n".join(lines)
+        return lines
 
 
 def _word(equal: bool | None) -> str:

@@ -19,9 +19,16 @@ def check_encoded(model: nn.Module, encoded: Mapping[str, Encoded]) -> None:
     """Refuse encoded weights that are not the model's.
 
     Raises:
-        TypeError: values that are not `Encoded`.
+        TypeError: `model` is no module, `encoded` no mapping, or its values are not `Encoded`.
         ValueError: a name the model does not have, or a shape that differs.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch module: got {type(model).__name__}.")
+    if not isinstance(encoded, Mapping):
+        raise TypeError(
+            f"`encoded` must map parameter names to Encoded weights: got {type(encoded).__name__}. "
+            "Give what `run.finalize()` or `ptq.rtn(..)` returned, or `{'name.of.the.weight': encoded}`."
+        )
     parameters = owners(model)
     for name, weight in encoded.items():
         if not isinstance(weight, Encoded):

@@ -65,10 +65,9 @@ def refusal(encoded: Encoded) -> str | None:
         return f"MatMulNBits needs blocks along the inputs of a matrix: got axis={grid.axis}"
     if not bool((_scales(encoded) == _scales(encoded).float()).all()):
         return "MatMulNBits stores float32 scales: got float64 scales that float32 does not hold (round the weight in float32)"
-    inputs = _inputs(encoded)
-    length = grid.block if isinstance(grid.block, int) else inputs
-    if not any(length % block == 0 for block in BLOCKS):
-        return f"MatMulNBits has blocks of {', '.join(map(str, BLOCKS))} inputs or whole multiples: got one scale for {length} inputs"
+    if _width(encoded) is None:
+        blocks = ", ".join(map(str, BLOCKS))
+        return f"MatMulNBits has blocks of {blocks} inputs or whole multiples: got one scale for {_span(encoded)} inputs"
     return None
 
 
@@ -83,7 +82,8 @@ def hold(encoded: Encoded) -> Held:
     grid, format = encoded.quantizer, encoded.quantizer.format
     outputs, inputs = encoded.codes.numel() // _inputs(encoded), _inputs(encoded)
     blocks = to_blocks(encoded.codes.cpu(), grid.block, grid.axis)
-    width = next(block for block in reversed(BLOCKS) if blocks.shape[1] % block == 0)
+    width = _width(encoded)
+    assert width is not None, "refused grids are not held"
     per_row = inputs // width
     offset = 0 if format.levels == "affine" else 2 ** (format.bits - 1)
     codes = (blocks.to(torch.int16) + offset).to(torch.uint8).reshape(outputs, inputs).numpy()
@@ -151,6 +151,17 @@ def _inputs(encoded: Encoded) -> int:
     """Return the length of the contraction dimension of a matrix."""
     axis = encoded.quantizer.axis
     return encoded.codes.shape[1 if axis is None else axis]
+
+
+def _span(encoded: Encoded) -> int:
+    """Return how many inputs of one output share a scale; a scale of the whole matrix spans each output's inputs."""
+    block = encoded.quantizer.block
+    return block if isinstance(block, int) else _inputs(encoded)
+
+
+def _width(encoded: Encoded) -> int | None:
+    """Return the operator's longest block that divides the inputs under one scale, or None."""
+    return next((block for block in reversed(BLOCKS) if _span(encoded) % block == 0), None)
 
 
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

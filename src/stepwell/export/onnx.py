@@ -16,7 +16,7 @@ from stepwell.export import nbits
 from stepwell.export.deployed import check_encoded, deployed, owners, plain
 from stepwell.export.extras import need
 from stepwell.export.onnx_graph import Weight, folded, products, replace
-from stepwell.export.trace import check_example, open_axes, quiet, to_graph
+from stepwell.export.trace import check_example, check_sequence, open_axes, quiet, to_graph
 from stepwell.quantizers import Encoded
 
 LARGEST = 2**31 - 2**20  # bytes: protobuf holds two gigabytes, less a little for the graph itself
@@ -58,7 +58,8 @@ def onnx(
 
     Raises:
         ModuleNotFoundError: the extra `onnx` is not installed.
-        TypeError, ValueError: arguments that do not fit together, or a matrix on a grid that the operator cannot hold.
+        TypeError, ValueError: arguments that do not fit together, an example that the model does not take, or a matrix on a grid that the
+            operator cannot hold.
         RuntimeError: the model cannot be traced.
     """
     need("onnx", "onnx_ir", "onnxscript", extra="onnx")
@@ -69,6 +70,9 @@ def onnx(
         raise ValueError("`encoded` must hold at least one weight: got an empty mapping. Was anything selected?")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path`: no folder {path.parent}. Make it first.")
+    if path.is_dir():
+        raise IsADirectoryError(f"`path` must be a file: got the folder {path}. Name a file in it, such as {path / 'model.onnx'}.")
+    check_sequence(example, sequence)
     weights = _weights(model, encoded)
     with deployed(model, encoded):
         example = tuple(plain(part) for part in example)

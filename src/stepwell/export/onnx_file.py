@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepwell.export import nbits
 from stepwell.export.extras import need
+from stepwell.export.trace import reason, sizes
 
 
 class Product(NamedTuple):
@@ -109,7 +110,12 @@ def load(path: str | Path) -> Session:
         if len(example) != len(inputs):
             raise ValueError(f"`example` must hold {len(inputs)} tensors for {[part.name for part in inputs]}: got {len(example)}.")
         feed = {part.name: np.ascontiguousarray(value.numpy()) for part, value in zip(inputs, example, strict=True)}
-        return list(session.run(None, feed))
+        try:
+            return list(session.run(None, feed))
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ValueError(
+                f"`example`: {path} does not run on inputs of shape {sizes(example)}. onnxruntime says: {reason(error)}"
+            ) from error
 
     axes = tuple({axis: size for axis, size in enumerate(part.shape) if isinstance(size, str)} for part in inputs)
     return Session(axes, run, onnxruntime.__version__)

@@ -1,7 +1,7 @@
 """Parity: is what was trained what runs? Compares what a runtime loaded with the model it came from."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from stepwell.export.certificate import Certificate, Layer
 from stepwell.export.deployed import check_encoded, deployed, owners, plain
 from stepwell.export.extras import need
 from stepwell.export.noise import SinglyRounded
-from stepwell.export.trace import check_example
+from stepwell.export.trace import check_example, compute, sizes
 from stepwell.quantizers import Encoded
 
 FLOOR, FACTOR = 2e-6, 4.0  # of the tolerance: see Certificate
@@ -44,7 +44,7 @@ def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], enco
     """
     need("onnx", "onnxruntime", extra="onnx")
     check_example(example)
-    check_encoded(model, encoded or {})
+    check_encoded(model, {} if encoded is None else encoded)
     if Path(path).suffix != ".onnx":
         raise ValueError(f"`path` must be an .onnx file: got {path}. Other targets are not verified yet.")
     file, session = onnx_file.read(path), onnx_file.load(path)
@@ -54,8 +54,7 @@ def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], enco
         runs = [_run(model, session, inputs) for inputs in _inputs(example, session.axes)]
     tolerance = max(FLOOR, FACTOR * float(np.max([run.noise for run in runs])))
     error = float(np.max([run.error for run in runs]))  # np.max, because NaN must win
-    equal = [_all(layer.codes_equal for layer in layers), _all(layer.scales_equal for layer in layers)]
-    values = _all(layer.values_equal for layer in layers) is not False
+    equal = [_all(getattr(layer, part) for layer in layers) for part in ("codes_equal", "scales_equal", "values_equal")]
     kl, top1 = _classes(runs)
     return Certificate(
         path=str(path),
@@ -64,7 +63,7 @@ def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], enco
         version=session.version,
         codes_equal=equal[0],
         scales_equal=equal[1],
-        values_equal=values,
+        values_equal=equal[2],
         max_relative_error=error,
         tolerance=tolerance,
         noise=float(np.max([run.noise for run in runs])),
@@ -72,7 +71,7 @@ def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], enco
         top1_agreement=top1,
         inputs=tuple(run.shapes for run in runs),
         layers=layers,
-        passed=False not in equal and values and error <= tolerance,
+        passed=bool(layers) and False not in equal and error <= tolerance,  # a file without quantized weights proves nothing
     )
 
 
@@ -90,7 +89,7 @@ def _run(model: nn.Module, session: onnx_file.Session, inputs: tuple[Tensor, ...
     """Run model and runtime on the same inputs."""
 
     def outputs() -> list[NDArray[Any]]:
-        return _floating([leaf.detach().cpu().numpy() for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)])
+        return _floating([leaf.detach().cpu().numpy() for leaf in tree_leaves(compute(model, inputs)) if isinstance(leaf, Tensor)])
 
     expected, found = outputs(), _floating(session.run(inputs))
     with SinglyRounded():  # type: ignore[no-untyped-call]
@@ -100,27 +99,21 @@ def _run(model: nn.Module, session: onnx_file.Session, inputs: tuple[Tensor, ...
             f"`path` and `model` must have the same floating-point outputs: the file's have shapes {[part.shape for part in found]}, "
             f"the model's {[part.shape for part in expected]}. Was the file exported from this model?"
         )
-    shapes = " and ".join("x".join(map(str, part.shape)) for part in inputs)
-    return _Run(shapes, expected[0], found[0], _distance(expected, found), _distance(expected, exact))
+    return _Run(sizes(inputs), expected[0], found[0], _distance(expected, found), _distance(expected, exact))
 
 
-def _inputs(example: tuple[Tensor, ...], axes: Sequence[dict[int, str]]) -> list[tuple[Tensor, ...]]:
-    """Return the example, and the example with one open axis at a time cut or repeated to another length."""
+def _inputs(example: tuple[Tensor, ...], axes: Sequence[dict[int, str]]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the example, and once it has run, the example with one open axis at a time cut or repeated to another length."""
+    yield example
     lengths = {name: part.shape[axis] for part, opened in zip(example, axes, strict=False) for axis, name in opened.items()}
     batch = axes[0].get(0) if axes else None
-    plans: list[dict[str, int]] = [{}]
+    plans: list[dict[str, int]] = []
     for name, length in lengths.items():
         others = (1, length + 1) if name == batch else (max(2, length // 2) if length > 2 else length + 2,)
         plans += [{name: other} for other in others if other != length]
-    return [
-        tuple(
-            _resize(part, {axis: plan[name] for axis, name in opened.items() if name in plan})
-            for part, opened in zip(example, axes, strict=False)
-        )
-        if plan
-        else example
-        for plan in plans
-    ]
+    for plan in plans:
+        changes = [{axis: plan[name] for axis, name in opened.items() if name in plan} for opened in axes]
+        yield tuple(_resize(part, change) for part, change in zip(example, changes, strict=False))
 
 
 def _resize(part: Tensor, lengths: dict[int, int]) -> Tensor:

@@ -26,6 +26,52 @@ def check_example(example: tuple[Tensor, ...]) -> None:
         raise ValueError(f"`example` must hold input tensors with a batch dimension and elements: got shapes {shapes}.")
 
 
+def check_sequence(example: tuple[Tensor, ...], sequence: int | None) -> None:
+    """Refuse a sequence axis that the first input does not have, or that is the batch.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: an axis outside 1..ndim - 1 of the first input.
+    """
+    if sequence is None:
+        return
+    if isinstance(sequence, bool) or not isinstance(sequence, int):
+        raise TypeError(f"`sequence` must be an axis of the inputs or None: got {sequence!r}.")
+    shape = tuple(example[0].shape)
+    if not 0 < sequence < len(shape):
+        allowed = f"an axis from 1 to {len(shape) - 1}" if len(shape) > 1 else "None, because there is only the batch axis"
+        raise ValueError(
+            f"`sequence` must be {allowed} for inputs of shape {shape}: got {sequence}. Axis 0 is the batch, which stays open."
+        )
+
+
+def sizes(inputs: tuple[Tensor, ...]) -> str:
+    """Return the shapes of inputs in words.
+
+    >>> sizes((torch.ones(2, 3), torch.ones(2)))
+    '2x3 and 2'
+    """
+    return " and ".join("x".join(map(str, part.shape)) for part in inputs)
+
+
+def reason(error: BaseException) -> str:
+    """Return the beginning of what somebody else's exception says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def compute(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Run a model.
+
+    Raises:
+        ValueError: the model fails on these inputs; names their shapes and the model's reason.
+    """
+    try:
+        with torch.no_grad():
+            return model(*inputs)
+    except Exception as error:  # a model raises whatever its parts raise
+        raise ValueError(f"`example`: the model does not run on inputs of shape {sizes(inputs)}. It says: {reason(error)}") from error
+
+
 def open_axes(example: tuple[Tensor, ...], sequence: int | None) -> list[dict[int, str]]:
     """Return, for every input, which of its axes stay open, by name.
 
@@ -45,11 +91,13 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
         axes: open axes of every input, from `open_axes`.
 
     Raises:
+        ValueError: the model does not run on the example.
         RuntimeError: the model cannot be traced, or fixes an axis that is to stay open.
     """
     # dynamic with a range to be found: a model with a longest sequence is fine, one with a fixed length is an error
     shapes = tuple(dict.fromkeys(part, torch.export.Dim.DYNAMIC) for part in axes)
     inputs = tuple(_at_least_two(part, list(opened)) for part, opened in zip(example, axes, strict=True))
+    compute(model, example)  # tracing would take some inputs that the model does not, such as integers for numbers
     try:
         with quiet(), torch.no_grad():
             traced = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if _takes_any(model) else shapes, strict=False)
@@ -58,21 +106,20 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
             _name_axes(program, axes)
     except Exception as error:  # the exporter raises whatever its parts raise
         names = ", ".join(sorted({name for part in axes for name in part.values()}))
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RuntimeError(
             f"`model` could not be traced to ONNX with open axes {names}. Look for Python control flow on tensor values, or a fixed size "
-            f"of an open axis, in its forward pass. torch.export says: {reason}"
+            f"of an open axis, in its forward pass. torch.export says: {reason(error)}"
         ) from error
     return program
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and logging below errors: the exporter talks about its own insides."""
+    """Silence warnings and logging: the exporter talks about its own insides, and what goes wrong comes as an exception."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(max(before, logging.WARNING))
+        logging.disable(max(before, logging.ERROR))
         try:
             yield
         finally:
