@@ -183,3 +183,13 @@ def test_noise_needs_a_grid_and_draws():
             sw.probes.rho_uniform(model, loss, toward=UNIT, draws=draws)
         with pytest.raises(ValueError, match="`draws`"):
             sw.probes.rho_fn(model, loss, toward=UNIT, draws=draws)
+
+
+@pytest.mark.parametrize("quantizer", [sw.int4(), sw.intn(3, block=16), sw.fp4(), sw.nvfp4(), sw.intn(4, levels="full")], ids=str)
+def test_absmax_grids_clip_no_weight(quantizer):
+    # the largest weight of every block lies on the edge, in float32 up to its last bit: it takes part in the noise like all others
+    model = nn.Linear(64, 64, bias=False)
+    model.weight.data = normal(64, 64, seed=0).float()
+    target = place(model, quantizer, "toward")
+    noise = uniform_noise(target, keys(0, 1)[0])("weight", model.weight.detach())
+    assert noise.abs().gt(1e-6 * noise.abs().max()).double().mean() > 0.999

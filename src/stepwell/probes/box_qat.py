@@ -123,7 +123,7 @@ def _trained(stage: Stage, centre: dict[str, Encoded], plan: _Plan, tolerance: f
 
     latent = descend(stage, plan.train, steps=plan.steps, lr=plan.lr, show=show, keep=keep, visit=visit)
     found = {name: held[name].encode(held[name].nearest(latent[name]), centre[name]) for name in centre}
-    moved = sum(int((found[name].codes != centre[name].codes.to(found[name].codes.device)).sum()) for name in centre)
+    moved = sum(int((found[name].codes != centre[name].codes).sum()) for name in centre)
     limit = stage.start + tolerance
     return Trained(
         found=found,
@@ -144,7 +144,7 @@ def _trained(stage: Stage, centre: dict[str, Encoded], plan: _Plan, tolerance: f
 
 def _inside(weight: Tensor, centre: Encoded, held: Grid, reach: int) -> Tensor:
     """Return latent weights moved to where they round to values at most `reach` steps from the centre's."""
-    index = held.indices(centre).to(weight.device)
+    index = held.indices(centre)
     ends = []
     for direction in (-1, 1):
         end = (index + direction * reach).clamp(0, held.top)

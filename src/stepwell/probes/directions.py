@@ -9,7 +9,7 @@ from stepwell.blocks import from_blocks, to_blocks
 from stepwell.probes.grid import grid
 from stepwell.probes.points import Move, Place, weight
 from stepwell.quantizers import Encoded
-from stepwell.randomness import stream, uniform
+from stepwell.randomness import stream
 
 
 def alone(chosen: str, target: Place) -> Move:
@@ -29,8 +29,10 @@ def uniform_noise(target: Place, key: Callable[[str], int]) -> Move:
         encoded = target[name]
         assert isinstance(encoded, Encoded)
         held = grid(encoded, base)
-        draw = uniform(key(name), tuple(base.shape), dtype=base.dtype, device=base.device).sub_(0.5).mul_(held.step(base))
-        return torch.where(held.beyond(base), held.round(base) - base, draw)
+        draw = torch.rand(base.shape, generator=_seeded(key(name), base), dtype=base.dtype, device=base.device)
+        draw.sub_(0.5).mul_(held.step(base))
+        beyond = held.beyond(base)
+        return torch.where(beyond, held.round(base) - base, draw) if bool(beyond.any()) else draw
 
     return move
 
@@ -41,9 +43,13 @@ def gaussian_noise(target: Place, key: Callable[[str], int]) -> Move:
     def move(name: str, base: Tensor) -> Tensor:
         value = target[name]
         axis = value.quantizer.axis if isinstance(value, Encoded) else None
-        generator = torch.Generator(device=base.device).manual_seed(key(name))
-        draw = to_blocks(torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device), "channel", axis)
+        draw = torch.randn(base.shape, generator=_seeded(key(name), base), dtype=base.dtype, device=base.device)
+        draw = to_blocks(draw, "channel", axis)
         norms = to_blocks(base, "channel", axis).norm(dim=1, keepdim=True)
         return from_blocks(draw * (norms / draw.norm(dim=1, keepdim=True)), tuple(base.shape), "channel", axis)
 
     return move
+
+
+def _seeded(key: int, like: Tensor) -> torch.Generator:
+    return torch.Generator(device=like.device).manual_seed(key)

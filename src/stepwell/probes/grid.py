@@ -14,6 +14,8 @@ from stepwell.blocks import from_blocks, to_blocks
 from stepwell.quantizers import Encoded, Quantizer
 from stepwell.scales import Fit
 
+SLACK = 1e-5  # of the range: the largest weight of a block lies on the edge of the grid up to float error
+
 
 class Grid(NamedTuple):
     """The values that one weight can take, for weights of one shape.
@@ -39,13 +41,17 @@ class Grid(NamedTuple):
 
     def step(self, weight: Tensor) -> Tensor:
         """Return the distance of the neighbouring grid values of every weight, `(*shape)`, in weight units."""
-        found = self.quantizer.enclose(self._blocks(weight), self.fit)
+        blocks = self._blocks(weight)
+        if self.quantizer.format.uniform and self.quantizer.compute is None:
+            return self._whole(self.fit.scale.abs().expand_as(blocks))
+        found = self.quantizer.enclose(blocks, self.fit)
         return self._whole(found.upper - found.lower)
 
     def beyond(self, weight: Tensor) -> Tensor:
-        """Return where the weight lies outside the grid's range, `(*shape)` booleans."""
+        """Return where the weight lies outside the grid's range by more than rounding error, `(*shape)` booleans."""
         units, format = self.fit.to_units(self._blocks(weight)), self.quantizer.format
-        return self._whole((units < format.low) | (units > format.high))
+        slack = SLACK * max(-format.low, format.high)
+        return self._whole((units < format.low - slack) | (units > format.high + slack))
 
     def clip(self, weight: Tensor) -> Tensor:
         """Return the weight `(*shape)` moved to the grid's nearer end where it lies outside the range."""
@@ -59,7 +65,7 @@ class Grid(NamedTuple):
 
     def indices(self, encoded: Encoded) -> Tensor:
         """Return the index of every code, `(*shape)` int16."""
-        return self._place(grids.from_codes(encoded.codes, self.quantizer.format, self.fit.scale.dtype))
+        return self._place(grids.from_codes(encoded.codes.to(self.fit.scale.device), self.quantizer.format, self.fit.scale.dtype))
 
     def corners(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the grid values around every weight, `(*shape)` int16 each: AdaRound's floor and ceiling."""
@@ -76,7 +82,7 @@ class Grid(NamedTuple):
 
     def encode(self, index: Tensor, like: Encoded) -> Encoded:
         """Return `like` with the codes of other indices."""
-        return like._replace(codes=grids.to_codes(self._values[index.long()], self.quantizer.format))
+        return like._replace(codes=grids.to_codes(self._values[index.long()], self.quantizer.format).to(like.codes.device))
 
     @property
     def _values(self) -> Tensor:

@@ -206,7 +206,7 @@ def _changed(stage: Stage, quantized: Place, reference: Place) -> float:
             return math.nan
         base = working(stage.base[name])
         held = grid(value, base)
-        changed += int((held.indices(value).to(base.device) != held.nearest(weight(reference[name], base))).sum())
+        changed += int((held.indices(value) != held.nearest(weight(reference[name], base))).sum())
     return changed / stage.elements
 
 

@@ -106,7 +106,7 @@ def _moves(stage: Stage, deployed: dict[str, Encoded], before: Place) -> tuple[t
     for name, encoded in deployed.items():
         base = working(stage.base[name])
         held, origin = grid(encoded, base), weight(before[name], base)
-        steps = (held.indices(encoded).to(base.device) - held.nearest(origin)).abs()
+        steps = (held.indices(encoded) - held.nearest(origin)).abs()
         changed, far, farthest = changed + int((steps > 0).sum()), far + int((steps > 1).sum()), max(farthest, int(steps.max()))
         rounding = held.round(origin) - origin
         along += dot(base - origin, rounding)

@@ -163,7 +163,7 @@ class _Search:
         found = {}
         for name, value in self._centre.items():
             held = self._grid(name)
-            index = held.indices(value).to(self.moves[name].device) + self.moves[name]
+            index = held.indices(value) + self.moves[name]
             found[name] = held.encode(index, value)
         return found
 
@@ -177,7 +177,7 @@ class _Search:
     def _gain(self, name: str, gradient: Tensor) -> Tensor:
         """Return the first-order fall of the loss for the allowed step of every index, signed by the index's direction; 0 if barred."""
         base, held = working(self._stage.base[name]), self._grid(name)
-        index = held.indices(self._centre[name]).to(base.device) + self.moves[name]
+        index = held.indices(self._centre[name]) + self.moves[name]
         here = held.value(index)
         best = torch.zeros_like(gradient)
         for direction in (1, -1):
@@ -192,7 +192,7 @@ class _Search:
 
     def _values(self, name: str, base: Tensor) -> Tensor:
         held = grid(self._centre[name], base)
-        return held.value(held.indices(self._centre[name]).to(base.device) + self.moves[name])
+        return held.value(held.indices(self._centre[name]) + self.moves[name])
 
     def _grid(self, name: str) -> Grid:
         return grid(self._centre[name], working(self._stage.base[name]))
