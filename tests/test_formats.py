@@ -40,6 +40,19 @@ def test_fp4_is_ml_dtypes_e2m1():
     assert dict(zip(formats.FP4_E2M1.codes, formats.FP4_E2M1.values, strict=True)) == theirs
 
 
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        (formats.FP4_E2M1, ml_dtypes.float4_e2m1fn),
+        (formats.FP8_E4M3, ml_dtypes.float8_e4m3fn),
+        (formats.FP8_E5M2, ml_dtypes.float8_e5m2),
+    ],
+)
+def test_float_grids_know_their_mantissa_and_their_finest_step(format, dtype):
+    theirs = ml_dtypes.finfo(dtype)
+    assert (format.mantissa, format.finest) == (theirs.nmant, float(theirs.smallest_subnormal))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_integer_grids_have_the_levels_their_name_says(bits):
     top = 2 ** (bits - 1)

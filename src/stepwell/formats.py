@@ -26,6 +26,7 @@ class Format:
         values: the grid, strictly increasing.
         codes: the stored code of each value, same length.
         levels: how an integer grid lies around zero; None for float grids.
+        mantissa: mantissa bits of a float grid, at least one; None for other grids.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Format:
     values: tuple[float, ...]
     codes: tuple[int, ...]
     levels: Levels | None = None
+    mantissa: int | None = None
 
     @property
     def uniform(self) -> bool:
@@ -58,6 +60,11 @@ class Format:
     def shift(self) -> float:
         """What is added to a uniform grid's values to make them integer codes: -1/2 for "mid", else 0."""
         return -0.5 if self.levels == "mid" else 0.0
+
+    @property
+    def finest(self) -> float:
+        """The smallest positive value of a float grid, which is the distance between its subnormals."""
+        return self.values[len(self.values) // 2 + 1]
 
     def __str__(self) -> str:
         return self.name if self.levels in (None, "symmetric") else f"{self.name}/{self.levels}"
@@ -116,7 +123,8 @@ def floating(name: str, exponent: int, mantissa: int, bias: int, finite: float) 
             magnitudes.append((value, code))
     sign = 2 ** (exponent + mantissa)
     pairs = [(-value, code + sign) for value, code in reversed(magnitudes) if value] + magnitudes
-    return Format(name, 1 + exponent + mantissa, tuple(v for v, _ in pairs), tuple(c for _, c in pairs))
+    # without mantissa bits an even code is not an even multiple of the step, which the arithmetic of grids.py builds on
+    return Format(name, 1 + exponent + mantissa, tuple(v for v, _ in pairs), tuple(c for _, c in pairs), mantissa=mantissa or None)
 
 
 TERNARY = Format("ternary", 2, (-1.0, 0.0, 1.0), (-1, 0, 1), "symmetric")

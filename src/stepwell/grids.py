@@ -1,7 +1,8 @@
 """Grid arithmetic: tensors in units of the scale, rounded to a format's values or bracketed by them.
 
-Uniform grids round by arithmetic, all others by a table of thresholds. Everything here is elementwise, allocates little and checks nothing:
-it runs in every training step.
+Uniform and float grids round by arithmetic, all others by a table of thresholds, which costs twenty times as much. On a float grid the
+neighbours of an element are multiples of a step, a power of two that follows from the element's exponent bits; the multiple is odd exactly
+where the code is. Everything here is elementwise, allocates little and checks nothing: it runs in every training step.
 """
 
 from functools import cache
@@ -28,9 +29,15 @@ def round_nearest(units: Tensor, format: Format) -> Tensor:
         if format.shift:
             # half-odd values lie in the middle between integers; on an integer itself the even code, which is that integer or one less
             code = units.floor()
-            odd = (code == units) & (torch.remainder(code, 2) == 1)
+            odd = (code == units) & _odd(code)
             return code.sub_(odd.to(code.dtype)).clamp_(format.codes[0], format.codes[-1]).sub_(format.shift)
         return units.round().clamp_(format.low, format.high)
+    if format.mantissa is not None:
+        x = units.detach().clamp(format.low, format.high)  # rounding has no slope, the sums below would
+        # The last place of `anchor` is the step, and its multiple of the step is even: the sum rounds to the grid, ties to the even code.
+        # Half as much again as a power of two, so that the sum stays in one octave for either sign.
+        anchor = _step(x, format).mul_(1.5 / torch.finfo(x.dtype).eps)
+        return x.add_(anchor).sub_(anchor)
     table = _tables(format, units.dtype, units.device)
     return table.values[torch.bucketize(units.contiguous(), table.thresholds)]
 
@@ -44,10 +51,25 @@ def bracket(units: Tensor, format: Format) -> Bracket:
             code.sub_((x - code < 0.5).to(code.dtype))
         code.clamp_(format.codes[0], format.codes[-1] - 1)
         lower = code - format.shift
-        return Bracket(lower, x, lower + 1, torch.remainder(code, 2) == 1)
+        return Bracket(lower, x, lower + 1, _odd(code))
+    if format.mantissa is not None:
+        # The highest value ends the last cell and begins none, so that nothing may lie there.
+        inside = units.detach().clamp(format.low, (format.values[-2] + format.high) / 2)
+        # A negative power of two begins the cells towards zero, which are finer: this moves it, and nothing else, into their octave.
+        step = _step(torch.maximum(inside, inside * (1 - torch.finfo(inside.dtype).eps / 2)), format)
+        multiple = inside.div_(step).floor_()
+        lower = multiple * step
+        return Bracket(lower, x, step.add_(lower), _odd(multiple))
     table = _tables(format, units.dtype, units.device)
     index = torch.bucketize(x.contiguous(), table.values[1:-1], right=True)
     return Bracket(table.values[index], x, table.values[index + 1], table.even[index + 1])
+
+
+def round_up(magnitudes: Tensor, format: Format) -> Tensor:
+    """Return the lowest value of a float grid that is not below each magnitude `(*shape)` >= 0, saturated to the grid's range."""
+    x = magnitudes.clamp(max=format.high)
+    step = _step(x, format)
+    return x.div_(step).ceil_().mul_(step)
 
 
 def to_codes(values: Tensor, format: Format) -> Tensor:
@@ -55,6 +77,11 @@ def to_codes(values: Tensor, format: Format) -> Tensor:
     dtype = torch.uint8 if max(format.codes) > 127 else torch.int8
     if format.uniform:
         return (values + format.shift).to(torch.int16).to(dtype)
+    if format.mantissa is not None:
+        step = _step(values, format)
+        code = (values / step).abs_()
+        code.add_((step / format.finest).log2_().round_(), alpha=2**format.mantissa)
+        return code.add_(values < 0, alpha=2 ** (format.bits - 1)).to(torch.int16).to(dtype)
     table = _tables(format, values.dtype, values.device)
     return table.codes.to(dtype)[torch.searchsorted(table.values, values.contiguous())]
 
@@ -99,6 +126,19 @@ def _allowed(format: Format) -> dict[int, float]:
     if not format.uniform and format.low < 0:
         allowed[2 ** (format.bits - 1)] = -0.0
     return allowed
+
+
+def _step(x: Tensor, format: Format) -> Tensor:
+    """Return the distance of the float grid's values in the octave of each element, which lies within the grid's range."""
+    assert format.mantissa is not None
+    bits, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    power = (x.view(bits) & exponent).view(x.dtype)
+    return power.mul_(2.0**-format.mantissa).clamp_(min=format.finest)
+
+
+def _odd(whole: Tensor) -> Tensor:
+    """Return which whole numbers are odd; torch.remainder takes ten times as long."""
+    return (whole.to(torch.int32) & 1).bool()
 
 
 class _Table(NamedTuple):

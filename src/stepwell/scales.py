@@ -9,7 +9,6 @@ rounding is unbiased only inside the grid).
 """
 
 import math
-from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -141,13 +140,7 @@ def _power_of_two(scale: Tensor, rounding: ScaleRounding) -> Tensor:
 
 def _up(scale: Tensor, format: Format) -> Tensor:
     """Round scales away from zero to the next value of a float format; a relative 2**-20 beyond a value counts as that value."""
-    values = _positive(format, scale.dtype, scale.device)
-    return values[torch.bucketize(scale.abs() * (1 - 2**-20), values).clamp_(max=len(values) - 1)].copysign(scale)
-
-
-@cache
-def _positive(format: Format, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor([value for value in format.values if value >= 0], dtype=dtype, device=device)
+    return grids.round_up(scale.abs() * (1 - 2**-20), format).copysign(scale)
 
 
 def check_rule(format: Format, rule: Rule, dtype: ScaleDtype, rounding: ScaleRounding, zero: Zero) -> None:
