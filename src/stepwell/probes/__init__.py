@@ -5,6 +5,7 @@ from stepwell.probes.control import control
 from stepwell.probes.inward import contrast, inward
 from stepwell.probes.latent import latent
 from stepwell.probes.neighbours import neighbours
+from stepwell.probes.over import over
 from stepwell.probes.plane import plane
 from stepwell.probes.points import rounded
 from stepwell.probes.quadratic import quadratic
@@ -19,6 +20,7 @@ __all__ = [
     "inward",
     "latent",
     "neighbours",
+    "over",
     "plane",
     "quadratic",
     "rho_cross",
