@@ -40,7 +40,7 @@ test-slow: SHELL := bash
 test-slow: .SHELLFLAGS := -o pipefail -c
 test-slow: .venv/.dev
 	@mkdir -p tests/results
-	$(PYTEST) -n $(WORKERS) --timeout 3600 --durations 20 2>&1 | tee tests/results/slow.log
+	$(PYTEST) -m slow -n $(WORKERS) --timeout 3600 --durations 20 2>&1 | tee tests/results/slow.log
 
 check: .venv/.dev
 	$(BIN)/ruff check .
