@@ -102,7 +102,12 @@ def test_a_runaway_is_said(run):
     ("arguments", "shown"),
     [
         (["--bits", 20], "from 1 to 16: got 20"),
-        (["--lr", -1], "`lr` must be finite, above 0"),
+        (["--lr", -1], "`lr` must be finite, from 1e-06 to 1000"),
+        (["--input-bits", 2, "--input-range", 1e-300], "`range` must be a finite number from 1e-06 to 1e+06: got 1e-300"),
+        (["--range", 1e-300], "`range` must be a finite number from 1e-06"),
+        (["--range", 1e300], "`range` must be a finite number from 1e-06"),
+        (["--noise", 1e200], "from 0 to 1e+06: got 1e+200"),
+        (["--variance", 1e200], "from 0 to 1e+12: got 1e+200"),
         (["--noise", "nan"], "got nan"),
         (["--variance", -1], "`initial_variance`"),
         (["--range", 0], "`range` must be"),
@@ -122,6 +127,13 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, shown):
     assert out == ""
     assert err.count("\n") == 1
     assert shown in err
+
+
+def test_a_figure_below_a_file_is_one_line_and_exit_code_2(run, tmp_path):
+    (tmp_path / "f").write_text("a file")
+    code, _, err = run("--theory", "closure", "--figure", "f/x.svg")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "`figure` must lie in a folder: got 'f/x.svg', but 'f' is a file" in err
 
 
 def test_it_starts_without_torch(tmp_path):

@@ -82,8 +82,10 @@ def test_of_refuses_a_zero_point():
         ({"bits": 17, "range": 1.0}, "from 1 to 16: got 17"),
         ({"bits": 2.5, "range": 1.0}, "got 2.5"),
         ({"bits": 1, "range": 1.0, "kind": "tread"}, "at least 2"),
-        ({"bits": 2, "range": -1.0}, "above 0: got -1.0"),
-        ({"bits": 2, "range": 0.0}, "above 0: got 0.0"),
+        ({"bits": 2, "range": -1.0}, "from 1e-06 to .*: got -1.0"),
+        ({"bits": 2, "range": 0.0}, "from 1e-06 to .*: got 0.0"),
+        ({"bits": 2, "range": 1e-300}, r"from 1e-06 to 1e\+06: got 1e-300"),
+        ({"bits": 2, "range": 1e300}, r"from 1e-06 to 1e\+06: got 1e\+300"),
         ({"bits": 2, "range": float("inf")}, "got inf"),
         ({"bits": 2, "range": 1.0, "kind": "round"}, "got 'round'"),
         ({"bits": 2, "range": 1.0, "temperature": -0.1}, "got -0.1"),
@@ -96,3 +98,8 @@ def test_of_refuses_a_zero_point():
 def test_a_bad_staircase_is_refused_with_its_value(arguments, shown):
     with pytest.raises(ValueError, match=shown):
         Staircase(**arguments)
+
+
+def test_a_range_in_words_is_refused():
+    with pytest.raises(TypeError, match="`range` must be a number: got '2'"):
+        Staircase(2, "2")

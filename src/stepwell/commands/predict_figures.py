@@ -102,5 +102,8 @@ def _save(canvas: Figure, axes: "Axes", title: str, sentence: str, path: Path) -
     known = canvas.canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise ValueError(f"`figure` must end in one of {', '.join(sorted(known))}: got {str(path)!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"`figure` must lie in a folder: got {str(path)!r}, but {str(path.parent)!r} is a file.") from None
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

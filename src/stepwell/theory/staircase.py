@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 Kind = Literal["end", "mid", "tread", "levels"]
 
 MIN_BITS, MAX_BITS = 1, 16
+MIN_RANGE, MAX_RANGE, MAX_TEMPERATURE = 1e-6, 1e6, 1e6
 
 
 class GridLike(Protocol):
@@ -54,11 +55,11 @@ class Staircase:
 
     Attributes:
         bits: 1..16 ("tread" needs 2).
-        range: omega > 0, in weight units.
+        range: omega, 1e-6 to 1e6, in weight units.
         kind: "end" has `2**bits` levels with end points at `+-range` (mid-rise); "mid" has `2**bits` cell centres, the highest
             level half a step below `range` (mid-rise); "tread" has `2**bits - 1` levels including zero, end points at
             `+-range` (the symmetric integer grid); "levels" takes the list in `values`.
-        temperature: T >= 0, the width over which a step is smeared; 0 is the hard staircase.
+        temperature: T, 0 to 1e6, the width over which a step is smeared; 0 is the hard staircase.
         values: the levels of kind "levels", strictly increasing; None for the other kinds.
 
     >>> Staircase(bits=2, range=2.0, kind="tread").levels
@@ -80,10 +81,8 @@ class Staircase:
             raise ValueError(f"`kind` must be 'end', 'mid', 'tread' or 'levels': got {self.kind!r}.")
         if self.kind == "tread" and self.bits < 2:
             raise ValueError(f"`bits` must be at least 2 for kind 'tread': got {self.bits}. Use kind 'end' for one bit.")
-        if not isfinite(self.range) or self.range <= 0:
-            raise ValueError(f"`range` must be a finite number above 0: got {self.range!r}.")
-        if not isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(f"`temperature` must be a finite number, 0 or above: got {self.temperature!r}.")
+        _check("range", self.range, MIN_RANGE, MAX_RANGE)
+        _check("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if (self.values is not None) != (self.kind == "levels"):
             raise ValueError(f"`values` go with kind 'levels' and only there: got values={self.values!r} with kind={self.kind!r}.")
         if self.values is not None:
@@ -154,6 +153,13 @@ class Staircase:
     def __str__(self) -> str:
         name = f"{len(self.levels)} levels" if self.kind == "levels" else f"{self.bits}-bit {self.kind}"
         return f"{name}, range {self.range:g}" + (f", temperature {self.temperature:g}" if self.temperature else "")
+
+
+def _check(name: str, value: float, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise TypeError(f"`{name}` must be a number: got {value!r}.")
+    if not least <= value <= most:  # nan compares false
+        raise ValueError(f"`{name}` must be a finite number from {least:g} to {most:g}: got {value!r}.")
 
 
 def _check_levels(values: tuple[float, ...]) -> None:
