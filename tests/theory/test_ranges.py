@@ -48,3 +48,34 @@ def test_bad_input():
         best_range(Problem(None), 1.0)
     with pytest.raises(ValueError, match=r"`range` .*got -0\.5"):
         sweep(P, 10.0, bits=[2], ranges=[-0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({"bits": [0]}, r"`bits` .*from 1 to 16: got \[0\]"),
+        ({"bits": [2.7]}, r"`bits` .*whole numbers.*got \[2\.7\]"),
+        ({"bits": []}, r"`bits` must be one or more.*got \[\]"),
+        ({"bits": [True]}, r"`bits` .*got \[True\]"),
+        ({"ranges": []}, r"`ranges` must be .*non-empty.*got shape \(0,\)"),
+        ({"theory": "closur"}, "`theory` must be 'exact' or 'closure': got 'closur'"),
+    ],
+)
+def test_a_sweep_over_nothing_is_refused(arguments, shown):
+    with pytest.raises(ValueError, match=shown):
+        sweep(P, 10.0, **{"bits": [2], "ranges": [1.0], **arguments})
+
+
+def test_the_search_refuses_an_unknown_theory_and_no_ranges():
+    with pytest.raises(ValueError, match="`theory` must be 'exact' or 'closure': got 'closur'"):
+        best_range(P, 10.0, theory="closur")
+    with pytest.raises(ValueError, match=r"`ranges` must be .*non-empty"):
+        best_range(P, 10.0, ranges=[])
+
+
+@pytest.mark.parametrize("horizon", ["x", True, None])
+def test_a_horizon_that_is_no_number_is_refused(horizon):
+    with pytest.raises(TypeError, match=f"`horizon` must be a number.*got {horizon!r}"):
+        best_range(P, horizon)
+    with pytest.raises(TypeError, match=f"`horizon` must be a number.*got {horizon!r}"):
+        sweep(P, horizon, bits=[2], ranges=[1.0])

@@ -11,7 +11,7 @@ from stepwell.theory.closure import closure
 from stepwell.theory.exact import exact
 from stepwell.theory.plateau import lengths
 from stepwell.theory.problem import Problem
-from stepwell.theory.staircase import Array, Staircase
+from stepwell.theory.staircase import MAX_BITS, MIN_BITS, Array, Staircase
 from stepwell.theory.trajectory import Trajectory
 
 Theory = Literal["exact", "closure"]
@@ -78,11 +78,11 @@ def best_range(problem: Problem, horizon: float, *, theory: Theory = "closure", 
         The best range, its error, and everything tried.
 
     Raises:
-        ValueError: no weight quantizer, one with listed levels, or a horizon that is not positive.
+        ValueError: no weight quantizer, one with listed levels, a horizon that is not positive, no ranges, or an unknown theory.
     """
-    _check(problem, horizon)
+    _check(problem, horizon, theory)
     scale = problem.target * np.sqrt(problem.teacher_power)
-    tried = np.geomspace(0.1, 8.0, GRID) * scale if ranges is None else np.asarray(ranges, dtype=float)
+    tried = np.geomspace(0.1, 8.0, GRID) * scale if ranges is None else _ranges(ranges)
     found: dict[float, float] = {}
     for _ in range(1 + ZOOMS):
         for omega in tried:
@@ -104,15 +104,18 @@ def sweep(problem: Problem, horizon: float, *, bits: Sequence[int], ranges: Arra
         bits: bit widths.
         ranges: ranges, `(ranges,)`.
         theory: "closure" (a millisecond each) or "exact".
+
+    Raises:
+        ValueError: as `best_range`, or `bits` that are empty or not whole numbers from 1 to 16.
     """
-    _check(problem, horizon)
-    omegas = np.atleast_1d(np.asarray(ranges, dtype=float))
+    _check(problem, horizon, theory)
+    omegas, widths = _ranges(ranges), _widths(bits)
     times = np.concatenate([[0.0], np.geomspace(horizon * 1e-3, horizon, TIMES - 1)])
-    curves = [[_curve(_with_range(problem, float(omega), width), times, theory) for omega in omegas] for width in map(int, bits)]
+    curves = [[_curve(_with_range(problem, float(omega), width), times, theory) for omega in omegas] for width in widths]
     measured = np.array([[lengths(times, curve.error)[:2] for curve in row] for row in curves])
     final = np.array([[curve.error[-1] for curve in row] for row in curves])
     status = tuple(tuple(curve.status for curve in row) for row in curves)
-    return Sweep(tuple(map(int, bits)), omegas, measured[..., 0], measured[..., 1], final, status)
+    return Sweep(widths, omegas, measured[..., 0], measured[..., 1], final, status)
 
 
 def _with_range(problem: Problem, omega: float, bits: int | None = None) -> Problem:
@@ -129,8 +132,27 @@ def _final(problem: Problem, horizon: float, theory: Theory) -> float:
     return float(_curve(problem, np.array([horizon]), theory).error[-1])
 
 
-def _check(problem: Problem, horizon: float) -> None:
+def _widths(bits: Sequence[int]) -> tuple[int, ...]:
+    widths = tuple(bits)
+    whole = all(isinstance(width, int | np.integer) and not isinstance(width, bool) and MIN_BITS <= width <= MAX_BITS for width in widths)
+    if not widths or not whole:
+        raise ValueError(f"`bits` must be one or more whole numbers from {MIN_BITS} to {MAX_BITS}: got {list(bits)!r}.")
+    return tuple(int(width) for width in widths)
+
+
+def _ranges(ranges: ArrayLike) -> Array:
+    omegas = np.atleast_1d(np.asarray(ranges, dtype=float))
+    if omegas.ndim != 1 or omegas.size == 0:
+        raise ValueError(f"`ranges` must be a one-dimensional, non-empty array: got shape {omegas.shape}.")
+    return omegas
+
+
+def _check(problem: Problem, horizon: float, theory: Theory) -> None:
     if problem.weights is None or problem.weights.kind == "levels":
         raise ValueError(f"`problem` must have weights of kind 'end', 'mid' or 'tread', whose range can vary: got {problem.weights!r}.")
+    if isinstance(horizon, bool) or not isinstance(horizon, int | float | np.floating | np.integer):
+        raise TypeError(f"`horizon` must be a number, the time at which training ends: got {horizon!r}.")
     if not np.isfinite(horizon) or horizon <= 0:
         raise ValueError(f"`horizon` must be a finite time above 0: got {horizon!r}.")
+    if theory not in ("exact", "closure"):
+        raise ValueError(f"`theory` must be 'exact' or 'closure': got {theory!r}.")
