@@ -56,3 +56,17 @@ def test_formulas_say_where_they_do_not_hold():
         high_resolution(Problem(Staircase(2, 2.0, "levels", values=(-2.0, 0.1, 2.0))))
     with pytest.raises(ValueError, match="hard quantized weights"):
         low_noise(Problem(None))
+
+
+@pytest.mark.parametrize("formula", [low_noise, rounded, high_resolution])
+def test_formulas_refuse_decay(formula):
+    # decay moves the target: 2-bit STE with lam = .5 ends at 1/18 and not at the 1/6 of the formula
+    with pytest.raises(ValueError, match=r"`weight_decay`.*0\.5"):
+        formula(Problem(Staircase(2, 2.0), weight_decay=0.5))
+
+
+@pytest.mark.parametrize("method", ["lotion", "ptq", "clipped_ste"])
+@pytest.mark.parametrize("formula", [low_noise, high_resolution])
+def test_formulas_of_ste_refuse_other_methods(formula, method):
+    with pytest.raises(ValueError, match=f"method 'ste': got '{method}'"):
+        formula(Problem(Staircase(2, 2.0), method=method))

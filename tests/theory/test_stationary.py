@@ -6,6 +6,7 @@ from tests.reference.stationary import lotion, ste
 from tests.theory.rows import ROWS
 
 from stepwell.theory import Problem, Staircase, closure, exact, stationary
+from stepwell.theory.stationary import _scan
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.fixed_exact])
@@ -66,6 +67,46 @@ def test_three_methods_side_by_side(grid, method, end):
 def test_one_bit_ends_at_its_closed_form_whatever_the_learning_rate(lr):
     # psi^2 = omega^2 and E[psi] = 1, so 2 eps = 1 - 2 + omega^2
     assert stationary(Problem(Staircase(1, 1.3), lr=lr, label_noise=0.3)).error == pytest.approx((1.3**2 - 1) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize(("omega", "lr", "sigma"), [(1.01, 1.9, 3.0), (1.0005, 0.5, 1.0), (1.000001, 0.1, 0.3)])
+def test_one_bit_ends_there_just_inside_the_top_level_too(omega, lr, sigma):
+    # the outer exponential is eta E / (2 (omega - tau)) long, up to 1e5 ranges here; masses lose 1e-16 / (omega - 1) at most
+    assert stationary(Problem(Staircase(1, omega), lr=lr, label_noise=sigma)).error == pytest.approx((omega**2 - 1) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("problem", [
+    Problem(Staircase(2, 1.01), lr=1.9, label_noise=3.0),
+    Problem(Staircase(3, 2.0), lr=1000.0, label_noise=0.3),
+    Problem(Staircase(3, 1.0001, "tread"), lr=10.0, label_noise=1.0),
+], ids=lambda p: str(p.weights))  # fmt: skip
+def test_hard_ste_has_its_law_where_the_tail_is_a_thousand_ranges_long(problem):
+    p = problem
+    want = ste(p.weights.levels, eta=p.lr, sigma=p.label_noise)
+    assert stationary(p).error == pytest.approx(want, abs=1e-8)  # both are closed forms with a root found to 1e-12
+
+
+def test_an_end_without_a_root_is_not_called_ok():
+    found = _scan(lambda x: 1.0, -1.0, 1.0)  # noise makes more noise all the way up
+    assert found.verdict("")[0] == "not converged"
+    assert _scan(lambda x: np.nan, -1.0, 1.0).verdict("")[0] == "not converged"
+    assert _scan(lambda x: -1.0, -1.0, 1.0) == (-1.0, 0, True)  # the noise dies out
+
+
+def test_lotion_says_where_its_law_is_not_resolved():
+    # U of strength 1 is linear between levels and lowest on the level next to the target, 6/7, where the weights end
+    grid = Staircase(3, 2.0)
+    end = stationary(Problem(grid, method="lotion", lr=1e-6))
+    assert end.status == "stiff"
+    assert "not resolved" in end.message
+    for error in (end.error, end.error_latent, end.error_randomized):
+        assert error == pytest.approx((1 - 6 / 7) ** 2 / 2, abs=1e-5)  # the cells are 1e-5 wide
+
+
+def test_lotion_beyond_strength_one_warns_of_its_wells():
+    one, two = (stationary(Problem(Staircase(3, 2.0), method="lotion", lr=0.1, label_noise=0.5, strength=s)) for s in (1.0, 2.0))
+    assert (one.status, one.message, two.status) == ("ok", "", "ok")
+    assert "lattice point" in two.message
 
 
 def test_one_bit_with_a_gaussian_teacher_ends_at_a_probability():

@@ -19,11 +19,15 @@ NODES = 4000
 def low_noise(problem: Problem) -> float:
     """Return the final error of STE as the learning rate goes to zero; saturated targets stick to the outermost level.
 
+    Raises:
+        ValueError: weights that are not hard quantized, another method than STE, or weight decay, which moves the target.
+
     >>> p = Problem(weights=Staircase(bits=2, range=2.0))
     >>> round(low_noise(p), 6)   # levels 2/3 and 2 around 1: (1/3)(1) / 2
     0.166667
     """
-    weights, a, rho, R = _hard(problem), problem.gain, problem.power, problem.teacher_power
+    weights, a, rho, R = _ste(problem), problem.gain, problem.power, problem.teacher_power
+    _without_decay(problem)
     nodes = teacher_nodes(problem, NODES)
     tau = problem.target * nodes.value
     lower, upper = bracket(weights, tau)
@@ -34,8 +38,13 @@ def low_noise(problem: Problem) -> float:
 
 
 def rounded(problem: Problem) -> float:
-    """Return the final error of plain rounding as the learning rate goes to zero: never above `low_noise`."""
+    """Return the final error of plain rounding as the learning rate goes to zero: never above `low_noise`.
+
+    Raises:
+        ValueError: weights that are not hard quantized, or weight decay, which moves the target.
+    """
     weights, a, rho, R = _hard(problem), problem.gain, problem.power, problem.teacher_power
+    _without_decay(problem)
     nodes = teacher_nodes(problem, NODES)
     tau = problem.target * nodes.value
     return float(nodes.mass @ (rho * (tau - weights(tau)) ** 2) + R * (1 - a * a / rho)) / 2
@@ -45,9 +54,9 @@ def high_resolution(problem: Problem) -> float:
     """Return the final error of STE where steps are far smaller than the noise and nothing saturates.
 
     Raises:
-        ValueError: unequal steps, or a learning rate beyond the linear threshold, where the formula does not hold.
+        ValueError: another method than STE, unequal steps, or a learning rate beyond the linear threshold, where the formula does not hold.
     """
-    weights = _hard(problem)
+    weights = _ste(problem)
     if weights.spacing is None:
         raise ValueError(f"`weights` must have equal steps: got steps from {weights.steps.min():g} to {weights.steps.max():g}.")
     state, status = linear_stationary(problem)
@@ -70,3 +79,14 @@ def _hard(problem: Problem) -> Staircase:
     if problem.weights is None or problem.weights.temperature > 0:
         raise ValueError(f"`problem` must have hard quantized weights: got weights={problem.weights!r}.")
     return problem.weights
+
+
+def _ste(problem: Problem) -> Staircase:
+    if problem.method != "ste":
+        raise ValueError(f"`problem` must have method 'ste': got {problem.method!r}. Use `stationary`.")
+    return _hard(problem)
+
+
+def _without_decay(problem: Problem) -> None:
+    if problem.weight_decay > 0:
+        raise ValueError(f"`weight_decay` must be 0: got {problem.weight_decay:g}. Use `stationary` with a small learning rate.")
