@@ -129,6 +129,14 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, shown):
     assert shown in err
 
 
+def test_an_in_cell_plateau_is_the_flat_window_not_the_first_drop(run):
+    arguments = ["--bits", 2, "--range", 1.2, "--variance", 0.01, "--time", 60]
+    told = json.loads(run(*arguments, "--json")[1])
+    low, high = told["plateau"]["flat"]
+    assert low >= told["plateau"]["l10"]
+    assert f"plateau from t = {low:.3g} to {high:.3g} (in-cell)" in told["meaning"]
+
+
 def test_a_figure_below_a_file_is_one_line_and_exit_code_2(run, tmp_path):
     (tmp_path / "f").write_text("a file")
     code, _, err = run("--theory", "closure", "--figure", "f/x.svg")

@@ -116,3 +116,29 @@ def test_a_gaussian_teacher_saturates_with_its_own_constant():
     grid = Staircase(2, 0.1)
     p = Problem(grid, grid, lr=0.1, teacher="gauss")
     assert plateau(closure(p, np.linspace(0, 400, 1601))).l10 == pytest.approx(estimate(p, 400).l10, rel=0.05)
+
+
+@pytest.mark.parametrize(("bits", "m0"), [(1, 0.0), (2, 0.2), (2, -0.2)])
+def test_a_wide_start_in_an_outermost_cell_saturates(bits, m0):
+    # the grid is 0.1 against a start of 1: what the estimate leaves out is of this order
+    p = Problem(Staircase(bits, 0.1), lr=0.1, initial_overlap=m0)
+    e = estimate(p, 300.0)
+    assert e.mechanism == "saturation"
+    assert plateau(exact(p, np.linspace(0, 300, 1601))).l10 == pytest.approx(e.l10, rel=0.1)
+
+
+DEAD_ZONE = {"lr": 0.02, "initial_variance": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("problem", "shown"),
+    [
+        (Problem(Staircase(3, 4.0, "tread"), method="clipped_ste", clip=0.3, **DEAD_ZONE), "method 'clipped_ste'"),
+        (Problem(Staircase(3, 4.0, "tread"), weight_decay=2.0, **DEAD_ZONE), "weight decay 2"),
+        (Problem(Staircase(3, 4.0, "tread", temperature=1.0), **DEAD_ZONE), "temperature 1"),
+    ],
+)
+def test_what_the_estimate_does_not_cover_has_a_reason_and_no_number(problem, shown):
+    e = estimate(problem, 60.0)
+    assert (e.mechanism, e.l10) == ("none", 0.0)
+    assert shown in e.reason

@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from stepwell.theory.plateau import FALLS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -89,10 +91,23 @@ def _meaning(told: "Forecast") -> str:
         compared = "as plain rounding does"
     else:
         compared = f"{'below' if end < versus else 'above'} plain rounding ({versus:.3g})"
-    none = told.estimate.mechanism == "none"
-    start = "The error falls from the start" if none else f"After a plateau of {p.l10:.3g} ({told.estimate.mechanism}) the error falls"
+    start = _start(told)
     overshoot = ", overshoots" if float(np.min(told.curve.error)) < 0.9 * end else ""
     return f"{start}, nine tenths of the way by t = {p.l90:.3g}{overshoot} and ends at {end:.3g}, {compared}."
+
+
+def _start(told: "Forecast") -> str:
+    """Return how the curve begins: at once, after a plateau, or with a plateau behind a first drop."""
+    p, e = told.plateau, told.estimate
+    if e.mechanism == "none" and e.reason == FALLS:
+        return "The error falls from the start"
+    if e.mechanism == "none":
+        return f"A tenth of the drop is done by t = {p.l10:.3g} ({e.reason}), the error falls"
+    if e.mechanism != "in-cell":
+        return f"After a plateau of {p.l10:.3g} ({e.mechanism}) the error falls"
+    if p.flat is None:
+        return f"A tenth of the drop is done by t = {p.l10:.3g}, no part is flat although weights share a cell (in-cell), the error falls"
+    return f"After a first drop and a plateau from t = {p.flat[0]:.3g} to {p.flat[1]:.3g} (in-cell) the error falls"
 
 
 def _save(canvas: Figure, axes: "Axes", title: str, sentence: str, path: Path) -> None:

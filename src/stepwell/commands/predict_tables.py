@@ -38,7 +38,7 @@ def findings(told: "Forecast", simulated: "Trajectory | None") -> list[dict[str,
     """Return the headlines as rows of a table."""
     p, e, s, curve = told.plateau, told.estimate, told.stability, told.curve
     lowest = int(curve.error.argmin())
-    why = f"mechanism: {e.mechanism}" + (f", estimated length {e.l10:.3g}" if e.mechanism != "none" else ", the error falls from the start")
+    why = f"mechanism: {e.mechanism}" + (f", estimated length {e.l10:.3g}" if e.mechanism != "none" else f", {e.reason}")
     rows = [
         ("plateau length L10", p.l10, why),
         ("sharpness (L90 - L10) / L10", p.sharpness, f"L90 = {p.l90:.4g}; below 1 is sharp"),
