@@ -103,6 +103,13 @@ def test_lotion_says_where_its_law_is_not_resolved():
         assert error == pytest.approx((1 - 6 / 7) ** 2 / 2, abs=1e-5)  # the cells are 1e-5 wide
 
 
+@pytest.mark.parametrize("lr", [1e-3, 1e-5])
+def test_ste_with_decay_ends_at_its_low_noise_limit(lr):
+    # the drift 1 - psi - lam w turns at 2/3: it is 0 at w = 2/3, inside the cell of that level, so 2 eps = (1 - 2/3)^2
+    end = stationary(Problem(Staircase(2, 2.0), lr=lr, weight_decay=0.5))
+    assert (end.status, end.error) == ("ok", pytest.approx(1 / 18, abs=1e-7))
+
+
 def test_lotion_beyond_strength_one_warns_of_its_wells():
     one, two = (stationary(Problem(Staircase(3, 2.0), method="lotion", lr=0.1, label_noise=0.5, strength=s)) for s in (1.0, 2.0))
     assert (one.status, one.message, two.status) == ("ok", "", "ok")

@@ -29,6 +29,7 @@ SCAN = 121
 CALM = {"one": 2e-3, "gauss": 1e-2}  # grids resolve layers down to this part of the largest E; below, nothing moves any more
 NODES = 360
 BUDGET = {"one": 250_000, "gauss": 30_000}  # cells times `layers` at most: some 100 MB and up to half a minute
+SETTLED = 1e-5  # two grids that agree to this part have resolved what matters, wide cells or not
 DEEPEST = 30.0  # log of how far below its largest value E is searched
 DIVERGED = "The learning rate is beyond the linear threshold, which LOTION shares: the latent weights grow without bound."
 UNRESOLVED = "At this learning rate and noise the law is narrower than the finest affordable grid: a layer was not resolved."
@@ -109,7 +110,7 @@ def _gibbs(problem: Problem, weights: Staircase) -> Stationary:
     second, finest = _self_consistent(problem, weights, nodes, halved(edges), near=fine.root)
     errors = np.maximum((4 * second - first) / 3, 0.0)
     status, message = finest._replace(roots=found.roots).verdict("self-consistent states; this is the one with the largest noise.")
-    if status == "ok" and not resolved:
+    if status == "ok" and not resolved and np.max(np.abs(second - first)) > SETTLED * np.max(second):
         status, message = "stiff", UNRESOLVED
     if problem.method == "lotion":
         if problem.strength > 1:
