@@ -108,10 +108,14 @@ def test_a_runaway_is_said(run):
         (["--range", 1e300], "`range` must be a finite number from 1e-06"),
         (["--noise", 1e200], "from 0 to 1e+06: got 1e+200"),
         (["--variance", 1e200], "from 0 to 1e+12: got 1e+200"),
-        (["--noise", "nan"], "got nan"),
-        (["--variance", -1], "`initial_variance`"),
+        (["--noise", "nan"], "`noise` must be finite, from 0 to 1e+06: got nan"),
+        (["--overlap", 1e9], "`overlap` must be"),
+        (["--check", "--sweep", "bits=2:3", "range=1:2:3"], "`check` must not be given with `sweep`"),
+        (["--dim", 100], "`check` must be given with `dim` or `seeds`"),
+        (["--seeds", 2], "`check` must be given with `dim` or `seeds`"),
+        (["--variance", -1], "`variance` must be"),
         (["--range", 0], "`range` must be"),
-        (["--time", -3], "`horizon` must be"),
+        (["--time", -3], "`time` must be"),
         (["--kind", "tread", "--bits", 1], "at least 2"),
         (["--input-range", 2], "`input-bits`"),
         (["--method", "lotion", "--theory", "closure"], "Use `exact`"),
@@ -135,6 +139,12 @@ def test_an_in_cell_plateau_is_the_flat_window_not_the_first_drop(run):
     low, high = told["plateau"]["flat"]
     assert low >= told["plateau"]["l10"]
     assert f"plateau from t = {low:.3g} to {high:.3g} (in-cell)" in told["meaning"]
+
+
+def test_a_second_figure_says_that_it_replaced_the_first(run):
+    first, second = (run("--theory", "closure", "--time", 5)[1] for _ in range(2))
+    assert "(replaced)" not in first
+    assert "(replaced)" in " ".join(second.split())
 
 
 def test_a_figure_below_a_file_is_one_line_and_exit_code_2(run, tmp_path):

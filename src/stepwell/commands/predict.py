@@ -1,5 +1,7 @@
 """`stepwell predict`: the learning curve of quantized training before it is run, or a phase diagram over bits and ranges."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 Kind = Literal["end", "mid", "tread"]
 Theory = Literal["exact", "closure"]
 MAX_POINTS = 100_000
+OPTIONS = {
+    "label_noise": "noise", "initial_variance": "variance", "initial_overlap": "overlap", "weight_decay": "weight-decay", "horizon": "time",
+}  # fmt: skip
 EXAMPLE = "must look like bits=2:8 range=0.5:4:64, low to high"
 
 
@@ -42,8 +47,8 @@ def predict(
         typer.Option(help="Phase diagram instead of a curve, for example: bits=2:8 range=0.5:4:64", show_default=False),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Simulate the training as well, with error bars (needs numba).")] = False,
-    dim: Annotated[int, typer.Option(help="Dimension of the simulation.")] = 1000,
-    seeds: Annotated[int, typer.Option(help="Runs of the simulation.")] = 4,
+    dim: Annotated[int | None, typer.Option(help="Dimension of the simulation of --check; 1000.", show_default=False)] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of the simulation of --check; 4.", show_default=False)] = None,
     figure: Annotated[Path, typer.Option(help="Where the figure goes; the suffix chooses the format.")] = Path("predict.svg"),
     json: Json = False,
 ) -> None:
@@ -52,15 +57,33 @@ def predict(
 
     if input_bits is None and (input_range is not None or input_kind is not None):
         raise ValueError("`input-bits` must be given with `input-range` or `input-kind`: got none.")
-    inputs = None if input_bits is None else Staircase(input_bits, range if input_range is None else input_range, input_kind or kind)
-    problem = Problem(
-        Staircase(bits, range, kind), inputs, method, lr, noise, weight_decay, teacher,
-        initial_overlap=overlap, initial_variance=variance, strength=strength,
-    )  # fmt: skip
-    if sweep is not None:
-        _phases(problem, time, theory or "closure", sweep, figure, json=json)
-    else:
-        _curve(problem, time, theory or "exact", (dim, seeds) if check else None, figure, json=json)
+    if check and sweep is not None:
+        raise ValueError("`check` must not be given with `sweep`: a phase diagram is not simulated. Leave one of them out.")
+    if not check and (dim is not None or seeds is not None):
+        raise ValueError("`check` must be given with `dim` or `seeds`: nothing is simulated without it. Add --check.")
+    with _named_as_options():
+        inputs = None if input_bits is None else Staircase(input_bits, range if input_range is None else input_range, input_kind or kind)
+        problem = Problem(
+            Staircase(bits, range, kind), inputs, method, lr, noise, weight_decay, teacher,
+            initial_overlap=overlap, initial_variance=variance, strength=strength,
+        )  # fmt: skip
+        if sweep is not None:
+            _phases(problem, time, theory or "closure", sweep, figure, json=json)
+        else:
+            simulation = (1000 if dim is None else dim, 4 if seeds is None else seeds) if check else None
+            _curve(problem, time, theory or "exact", simulation, figure, json=json)
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Let messages name the options of this command, not the arguments of the library."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for argument, option in OPTIONS.items():
+            message = message.replace(f"`{argument}`", f"`{option}`")
+        raise ValueError(message) from error
 
 
 def _curve(problem: "Problem", time: float | None, theory: Theory, check: tuple[int, int] | None, figure: Path, *, json: bool) -> None:
@@ -71,13 +94,19 @@ def _curve(problem: "Problem", time: float | None, theory: Theory, check: tuple[
 
     told = forecast(problem, time, theory=theory)
     simulated = _simulated(told, *check) if check else None
+    place = _place(figure)
     sentence = draw_curve(told, simulated, figure)
     if json:
         print_json(record(told, simulated) | {"theory": theory, "figure": str(figure.resolve()), "meaning": sentence})
         return
     print_table(points(told, simulated), title=f"Learning curve of {name(problem)} ({theory} theory, t = steps / dimension)")
     print()
-    print_table(findings(told, simulated), title="What to expect", note=f"{sentence}\nFigure: {figure.resolve()}")
+    print_table(findings(told, simulated), title="What to expect", note=f"{sentence}\nFigure: {place}")
+
+
+def _place(figure: Path) -> str:
+    """Return where the figure goes, and whether it replaces one; to be asked before it is drawn."""
+    return f"{figure.resolve()}" + (" (replaced)" if figure.exists() else "")
 
 
 def _simulated(told: "Forecast", dim: int, seeds: int) -> "Trajectory":
@@ -99,6 +128,7 @@ def _phases(problem: "Problem", time: float | None, theory: Theory, ranges: tupl
     widths, omegas = parse_sweep(ranges)
     horizon = SCALES / (problem.lr * problem.gain) if time is None else time
     found = _solved(problem, horizon, theory, widths, omegas)
+    place = _place(figure)
     sentence = draw_phases(found, problem, horizon, figure)
     best = found.best()
     rows = [
@@ -116,7 +146,7 @@ def _phases(problem: "Problem", time: float | None, theory: Theory, ranges: tupl
         whole = {"ranges": omegas, "l10": found.l10, "l90": found.l90, "error": found.error, "status": found.status}
         print_json({"theory": theory, "horizon": horizon, "rows": rows, **whole, "figure": str(figure.resolve()), "meaning": sentence})
         return
-    print_table(rows, title=f"Best range until t = {horizon:.4g} ({theory} theory)", note=f"{sentence}\nFigure: {figure.resolve()}")
+    print_table(rows, title=f"Best range until t = {horizon:.4g} ({theory} theory)", note=f"{sentence}\nFigure: {place}")
 
 
 def _solved(problem: "Problem", horizon: float, theory: Theory, widths: list[int], omegas: list[float]) -> "Sweep":
