@@ -79,3 +79,17 @@ def test_a_horizon_that_is_no_number_is_refused(horizon):
         best_range(P, horizon)
     with pytest.raises(TypeError, match=f"`horizon` must be a number.*got {horizon!r}"):
         sweep(P, horizon, bits=[2], ranges=[1.0])
+
+
+def test_no_scan_finds_a_deeper_valley_than_the_search():
+    p = Problem(Staircase(3, 2.0), lr=0.1)
+    found = best_range(p, 80.0)
+    scan = [closure(Problem(Staircase(3, float(omega)), lr=0.1), [80.0]).error[0] for omega in np.linspace(0.1, 8.0, 300)]
+    assert found.error <= min(scan)
+    assert not found.on_edge
+
+
+def test_a_result_on_the_edge_of_the_search_is_said():
+    inside = best_range(P, 15.0, ranges=np.linspace(0.6, 4.0, 9))
+    assert not inside.on_edge
+    assert best_range(P, 15.0, ranges=[inside.range + 0.1, inside.range + 0.2]).on_edge
