@@ -1,6 +1,7 @@
 """The exact limit: reference rows, an explicit solver in paper notation, its own order of convergence, and what it must keep."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -258,7 +259,7 @@ def test_a_grid_that_cannot_be_refined_says_so(monkeypatch):
     assert "thinner than the finest grid" in curve.message
 
 
-def mesh_of_width(width, problem, weights, horizon, scale, *, layers):
+def mesh_of_width(width, problem, weights, horizon, scale, *, layers, finest=0.0):
     return weights.thresholds[0] + width * np.arange(-20, 21)
 
 
@@ -280,3 +281,36 @@ def test_sticky_ends_are_refused():
 def test_a_density_beyond_memory_is_refused():
     with pytest.raises(ValueError, match="fewer `times`"):
         exact(Problem(Staircase(8, 2.0), teacher="gauss"), np.linspace(0, 10, 10_000), density=True)
+
+
+def test_a_perfect_student_is_solved_in_little_memory():
+    # w* = 1 is a level and w starts at 1 +- 0.1, ten sigmas inside its step: the error is 0 and stays 0
+    p = Problem(Staircase(2, 3.0), lr=0.2, initial_overlap=1.0, initial_variance=0.01)
+    scale = scales(p, p.weights, 1.0)
+    assert len(mesh(p, p.weights, 1.0, scale, layers=2.0)) < 1e5
+    curve = exact(p, [0.0, 1.0])
+    assert curve.status == "ok"
+    np.testing.assert_allclose(curve.error, 0.0, atol=1e-9)
+
+
+def test_a_gaussian_teacher_with_a_start_without_width_has_the_error_of_rounding_at_first():
+    # w = -2 w*: the nodes alone pass the thresholds one at a time and miss the closed form by 0.04
+    p = Problem(
+        Staircase(2, 3.0, "tread"), lr=0.2, label_noise=0.3, teacher="gauss", teacher_power=0.4, initial_overlap=-0.8, initial_variance=0.0
+    )
+    assert exact(p, [0.0]).error[0] == pytest.approx(closure(p, [0.0]).error[0], abs=1e-3)
+
+
+def test_a_start_without_width_does_not_move_to_the_centre_of_a_cell():
+    # LOTION of strength 0 trains in float: its rounded error is that of PTQ, a closed form
+    p = Problem(Staircase(2, 4.0, "mid"), method="lotion", strength=0.0, lr=0.7, label_noise=1.0, initial_overlap=0.5, initial_variance=0.0)
+    times = np.linspace(0, 3, 31)
+    want = exact(replace(p, method="ptq"), times).error
+    np.testing.assert_allclose(exact(p, times).error, want, atol=1e-3)
+
+
+def test_a_wrong_start_says_so(monkeypatch):
+    monkeypatch.setattr(solver, "TEACHER_NODES", 2)
+    curve = exact(Problem(Staircase(2, 3.0), lr=0.2, teacher="gauss", initial_overlap=-2.0, initial_variance=0.0), [1.0])
+    assert curve.status == "stiff"
+    assert "t = 0" in curve.message

@@ -6,7 +6,7 @@ from tests.theory.rows import ROWS
 
 from stepwell.theory import Problem, Staircase
 from stepwell.theory.cells import cells, integral, lattice, rounding_variance, rounding_variance_integral
-from stepwell.theory.mesh import cut, halved, mesh, scales
+from stepwell.theory.mesh import MOST_CELLS, MOST_STEPS, cut, halved, mesh, scales
 
 UNEVEN = Staircase(3, 2.0, "levels", values=(-2.0, -0.9, -0.2, 0.1, 1.4, 1.9))
 
@@ -84,3 +84,20 @@ def test_rounding_variance_and_its_integral():
     w, h = np.linspace(-2.7, 2.7, 41), 1e-5
     numeric = (rounding_variance_integral(levels, w + h) - rounding_variance_integral(levels, w - h)) / (2 * h)
     np.testing.assert_allclose(numeric, rounding_variance(levels, w), atol=1e-5)
+
+
+def test_no_grid_is_finer_than_memory():
+    p = Problem(Staircase(3, 1.5), lr=1e-6, initial_variance=0.0)
+    assert len(mesh(p, p.weights, 1.0, scales(p, p.weights, 1.0), layers=2.0)) < 2 * MOST_CELLS
+
+
+def test_time_is_not_cut_finer_than_memory():
+    steps = cut(np.array([1.0, 1e18]), 0.1, 0)
+    assert len(steps.length) < 2 * MOST_STEPS
+    assert np.sum(steps.length[: steps.output[-1]]) == pytest.approx(1e17)
+
+
+def test_a_lattice_of_more_cells_than_memory_is_refused():
+    p = Problem(Staircase(2, 1e-6), method="lotion", initial_variance=1.0)
+    with pytest.raises(ValueError, match="`weights` has a spacing"):
+        mesh(p, p.weights, 1.0, scales(p, p.weights, 1.0), layers=4.0)

@@ -16,7 +16,7 @@ from stepwell.theory.cells import cells
 from stepwell.theory.closure import RUNAWAY, runs_away
 from stepwell.theory.fokker_planck import evolve
 from stepwell.theory.landscape import Nodes, build, start, teacher_nodes
-from stepwell.theory.linear import linear_error, linear_state, ptq, unquantized
+from stepwell.theory.linear import State, linear_error, linear_state, ptq, rounded_error, unquantized
 from stepwell.theory.mesh import cut, halved, mesh, scales
 from stepwell.theory.problem import Problem, check_times
 from stepwell.theory.scheme import HALF_STEPS
@@ -28,7 +28,8 @@ LAYERS = 2.0  # width of the coarse cells in layers at a threshold
 LOTION_LAYERS = {"one": 4.0, "gauss": 16.0}  # kinks everywhere, so no part of the grid is coarse
 TOLERANCE = 6e-3  # largest distance of two grids; the extrapolated curve is more than ten times closer
 WORK = 3e8  # cells times steps that a solve may take
-COARSEST = 100.0  # layers
+COARSEST = 100.0  # layers; beyond, every cell grows
+START = 1e-3  # largest deviation of the error at t = 0 from its closed form
 DENSITY_VALUES = 5e7
 EXPLODED = 1e3
 
@@ -44,6 +45,8 @@ class Solution(NamedTuple):
     nodes: Nodes
     masses: Array
     """`(times, nodes, cells + 2)` where they are kept"""
+    first: float
+    """rounded error at t = 0"""
 
 
 def exact(problem: Problem, times: ArrayLike, *, density: bool = False) -> Trajectory:
@@ -59,7 +62,8 @@ def exact(problem: Problem, times: ArrayLike, *, density: bool = False) -> Traje
         "diverged" where LOTION's latent weights grow without bound, "stiff" where the finest affordable grid was not enough.
 
     Raises:
-        ValueError: bad times; clipped STE with weight decay, whose sticky ends have no closed equation; a density too large.
+        ValueError: bad times; clipped STE with weight decay, whose sticky ends have no closed equation; a density too large;
+            LOTION on more lattice cells than memory holds.
 
     >>> p = Problem(weights=Staircase(bits=1, range=1.5), lr=0.2)
     >>> float(exact(p, [400.0]).error[0].round(4))   # one bit: (R - R + omega^2 - 1) / 2
@@ -81,6 +85,9 @@ def exact(problem: Problem, times: ArrayLike, *, density: bool = False) -> Traje
     errors = np.full((len(fine.errors), len(t)), np.inf)
     errors[:, : len(bounded)] = np.maximum((4 * fine.errors - coarse.errors) / 3, 0.0)
     status, message = _verdict(problem, len(bounded) < len(t), converged)
+    first = (4 * fine.first - coarse.first) / 3
+    if status in ("ok", "runaway") and abs(first - _at_start(problem, problem.weights)) > START * max(1.0, first):
+        status, message = "stiff", "The error at t = 0 misses its closed form: the start is narrower than the grid or the teacher's nodes."
     law = _density(fine) if density else None
     if problem.method == "lotion":
         return Trajectory(t, errors[0], status, message, error_latent=errors[1], error_randomized=errors[2], density=law)
@@ -105,8 +112,9 @@ def solve(problem: Problem, weights: Staircase, times: Array, edges: Array, leve
         masses[:, 1] += masses[:, 0]
         masses[:, -2] += masses[:, -1]
         masses[:, [0, -1]] = 0.0
+    first = observables.offset + float(np.sum(observables.functional[0] * masses))
     path = evolve(landscape, masses, cut(times, problem.lr, level), functionals=observables.functional, keep=keep)
-    return Solution(observables.offset + path.observed, path.energy, edges, nodes, path.masses)
+    return Solution(observables.offset + path.observed, path.energy, edges, nodes, path.masses, first)
 
 
 def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -> tuple[tuple[Solution, Solution], bool]:
@@ -116,11 +124,13 @@ def _refine(problem: Problem, weights: Staircase, times: Array, density: bool) -
     nodes = len(teacher_nodes(problem, 2 * TEACHER_NODES).mass)
     layers = LOTION_LAYERS[problem.teacher] if problem.method == "lotion" else LAYERS
     steps = len(cut(times, problem.lr, 0).length)
+    finest = 0.0
     while True:  # a start that is too fine to refine even once is made coarser: the comparison of two grids still judges it
-        edges = mesh(problem, weights, horizon, scale, layers=layers)
-        if 16.0 * len(edges) * steps * nodes <= WORK or layers > COARSEST:
+        edges = mesh(problem, weights, horizon, scale, layers=layers, finest=finest)
+        work = float(len(edges) * steps * nodes)
+        if 16 * work <= WORK or (layers > COARSEST and 4 * work <= WORK) or finest > weights.range:
             break
-        layers *= 2
+        layers, finest = (2 * layers, 0.0) if layers <= COARSEST else (layers, 2 * max(finest, float(np.min(np.diff(edges)))))
     if density:
         _check_density(2 * len(times) * len(edges) * nodes)
     coarse = solve(problem, weights, times, edges, 0, keep=density)
@@ -144,6 +154,12 @@ def _close(fine: Solution, coarse: Solution) -> bool:
         ours = fine.energy[2 * HALF_STEPS - 2 :: 2][: len(theirs)]
         distance = max(distance, float(np.max(np.abs(ours - theirs))) / 2)
     return distance <= TOLERANCE * max(1.0, float(np.max(coarse.errors[0])))
+
+
+def _at_start(problem: Problem, weights: Staircase) -> float:
+    """Return the closed form of the rounded error at t = 0."""
+    state = State(np.array([problem.initial_overlap]), np.array([problem.initial_variance]))
+    return float(rounded_error(problem, weights, state)[0])
 
 
 def _frozen(problem: Problem, weights: Staircase, nodes: Nodes, edges: Array) -> float:

@@ -17,6 +17,8 @@ from stepwell.theory.gaussian import FLOOR
 from stepwell.theory.problem import Problem
 from stepwell.theory.staircase import Array, Staircase
 
+NARROW = 1e-2  # intervals of the teacher that shift the start by less than this part of its width are as good as points
+
 
 class Nodes(NamedTuple):
     """A quadrature over the teacher: values w* and their weights, `(nodes,)`."""
@@ -52,12 +54,29 @@ def teacher_nodes(problem: Problem, count: int) -> Nodes:
 
 
 def start(problem: Problem, nodes: Nodes, edges: Array) -> Array:
-    """Return the masses at t = 0, `(nodes, cells + 2)`; what lies beyond the ends is in the first and last entry."""
+    """Return the masses at t = 0, `(nodes, cells + 2)`; what lies beyond the ends is in the first and last entry.
+
+    A node stands for an interval of teacher values. Where the start follows the teacher its law is averaged over that interval:
+    narrow starts at the nodes alone would pass the thresholds one at a time, an error of first order.
+    """
     s = max(np.sqrt(problem.initial_variance), FLOOR)
     mean = problem.initial_overlap / problem.teacher_power * nodes.value[:, None]
+    half = (
+        abs(problem.initial_overlap / problem.teacher_power) * float(nodes.value[1] - nodes.value[0]) / 2 if len(nodes.value) > 1 else 0.0
+    )
     z = (edges - mean) / s
+    if half > NARROW * s:
+        left = np.concatenate([np.zeros_like(mean), _mean_ndtr(z, half / s), np.ones_like(mean)], axis=1)
+        return np.maximum(np.diff(left, axis=1), 0.0)
     inside = np.where(z[:, :-1] > 0, ndtr(-z[:, :-1]) - ndtr(-z[:, 1:]), ndtr(z[:, 1:]) - ndtr(z[:, :-1]))
     return np.concatenate([ndtr(z[:, :1]), inside, ndtr(-z[:, -1:])], axis=1)
+
+
+def _mean_ndtr(z: Array, half: float) -> Array:
+    """Return the mean of the normal distribution function over z - half ... z + half."""
+    low, high = z - half, z + half
+    density = (np.exp(-0.5 * high * high) - np.exp(-0.5 * low * low)) / np.sqrt(2 * np.pi)
+    return np.asarray((high * ndtr(high) - low * ndtr(low) + density) / (2 * half))
 
 
 def build(problem: Problem, weights: Staircase, nodes: Nodes, edges: Array) -> tuple[Landscape, Observables]:

@@ -25,6 +25,8 @@ FAR = 1e3  # ranges that a stationary law reaches at most
 ENOUGH = 512  # levels that an estimate needs at most
 GROWTH = 0.1
 CALM = 0.01  # no grid starts finer than for this part of the largest E: the noise may die out altogether
+QUIET = 1e-3  # nor than for this times the squared spacing, which E leaves at once where training starts near a perfect student
+MOST_CELLS, MOST_STEPS, MOST_LEVELS = 2e5, 2e5, 1e6  # of any grid: beyond, cells and steps grow, and two grids decide whether they may
 FIRST, FASTER, LONGEST = 0.01, 0.02, 0.1  # step lengths times eta: at first, per elapsed time, at most
 SIGMAS, TAIL = 6.5, 25.0  # reach of a Gaussian in standard deviations, of an exponential in lengths: both below 1e-10
 
@@ -47,13 +49,13 @@ def scales(problem: Problem, weights: Staircase, horizon: float) -> Scales:
     else:
         simple = _simple(weights)
         error = rounded_error(problem, simple, closure_state(replace(problem, weights=simple), t)[0])
-    E = np.maximum(2 * error + problem.label_noise**2, 1e-12)
+    E = np.maximum(2 * error + problem.label_noise**2, max(QUIET * float(np.max(weights.steps)) ** 2, 1e-12))
     most = float(np.max(E))
     return Scales(float(np.sqrt(E[0] * max(np.min(E), 0.1 * E[0]))), max(0.8 * float(np.min(E)), CALM * most), 1.5 * most)
 
 
-def mesh(problem: Problem, weights: Staircase, horizon: float, scale: Scales, *, layers: float) -> Array:
-    """Return cell boundaries, `(cells + 1,)`, with cells of at most so many `layers`."""
+def mesh(problem: Problem, weights: Staircase, horizon: float, scale: Scales, *, layers: float, finest: float = 0.0) -> Array:
+    """Return cell boundaries, `(cells + 1,)`, with cells of at most so many `layers`, but not aiming below `finest`."""
     rho, steps = problem.power, weights.steps
     farthest = np.sqrt(problem.teacher_power) * (1.0 if problem.teacher == "one" else 4.5)
     spread = abs(problem.initial_overlap) / problem.teacher_power * farthest + SIGMAS * np.sqrt(problem.initial_variance)
@@ -61,19 +63,27 @@ def mesh(problem: Problem, weights: Staircase, horizon: float, scale: Scales, *,
     width = np.sqrt(problem.initial_variance + 0.1 * problem.lr * rho * scale.early) / 2
     step = float(np.max(steps)) / PER_STEP * max(1.0, layers / AFFORDABLE)
     inner = min(layers * layer, width, max(step, weights.range / FINEST))
+    reach = _reach(problem, weights, horizon, scale, farthest, spread)
+    extent = 2 * reach if problem.method == "lotion" else float(np.ptp(weights.thresholds)) + 2 * spread
+    inner = max(inner, finest, extent / MOST_CELLS)
     pull = abs(problem.gain * farthest) + rho * float(np.max(np.abs(weights.levels)))
     outer = max(inner, min(layers * problem.lr * rho * scale.early / pull, width, 0.2))
-    reach = _reach(problem, weights, horizon, scale, farthest, spread)
+    center = _center(problem, inner)
     if problem.method == "lotion":
+        if reach > MOST_LEVELS * float(np.min(weights.steps)):
+            raise ValueError(
+                f"`weights` has a spacing of {float(np.min(weights.steps)):.3g} where LOTION's weights reach {reach:.3g}: "
+                f"more than {MOST_LEVELS:.0g} cells of the lattice. Use fewer bits or a larger range."
+            )
         levels = lattice(weights, reach)
-        return _fill(np.union1d(levels, (levels[1:] + levels[:-1]) / 2), inner)
+        return _fill(_between(np.union1d(levels, (levels[1:] + levels[:-1]) / 2), center), inner)
     kinks = weights.thresholds
     if problem.method == "clipped_ste":
         c = problem.clip_range
         return _fill(np.concatenate([[-c], kinks[np.abs(kinks) < c * (1 - 1e-12)], [c]]), min(inner, c / PER_STEP))
     left = kinks[0] - _outwards(inner, outer, max(reach + kinks[0], 4 * inner), max(spread + kinks[0], 0.0))[::-1]
     right = kinks[-1] + _outwards(inner, outer, max(reach - kinks[-1], 4 * inner), max(spread - kinks[-1], 0.0))
-    return np.concatenate([left, _fill(kinks, inner), right])
+    return np.concatenate([left, _fill(_between(kinks, center), inner), right])
 
 
 def halved(edges: Array) -> Array:
@@ -84,9 +94,10 @@ def halved(edges: Array) -> Array:
 def cut(times: Array, lr: float, level: int) -> Steps:
     """Return the time grid, cut in two `level` times: short steps first, every output on a step."""
     marks: list[float] = [0.0]
+    longest = max(LONGEST, float(times[-1]) * lr / MOST_STEPS)
     for t in times * lr:
         while marks[-1] < t - 1e-12 * t:
-            wish = min(FIRST + FASTER * marks[-1], LONGEST)
+            wish = min(FIRST + FASTER * marks[-1], longest)
             count = int(np.ceil((t - marks[-1]) / wish - 1e-9))
             marks.append(t if count <= 1 else marks[-1] + (t - marks[-1]) / count)
     length = np.repeat(np.diff(marks), 2**level) / 2**level
@@ -123,6 +134,16 @@ def _reach(problem: Problem, weights: Staircase, horizon: float, scale: Scales, 
         reach = max(spread, edge) + min(outward * duration, outward / lam if lam > 0 else np.inf) + noise
     # beyond the outermost threshold nothing depends on the place any more, so what has run that far may stop there
     return float(reach if np.isfinite(horizon) else min(reach, max(spread, FAR * edge, FAR * weights.range)))
+
+
+def _center(problem: Problem, inner: float) -> Array:
+    """Return where a start narrower than a cell lies: on a face its mean is right to second order, inside a cell only to first."""
+    narrow = problem.teacher == "one" and problem.initial_variance < inner**2
+    return np.full(int(narrow), problem.initial_overlap / np.sqrt(problem.teacher_power))
+
+
+def _between(points: Array, more: Array) -> Array:
+    return np.union1d(points, more[(more > points[0]) & (more < points[-1])])
 
 
 def _fill(points: Array, most: float) -> Array:
