@@ -314,3 +314,9 @@ def test_a_wrong_start_says_so(monkeypatch):
     curve = exact(Problem(Staircase(2, 3.0), lr=0.2, teacher="gauss", initial_overlap=-2.0, initial_variance=0.0), [1.0])
     assert curve.status == "stiff"
     assert "t = 0" in curve.message
+
+
+def test_clipped_weights_that_all_start_at_zero_are_inside():
+    # psi(0) is 0 for a mid-tread grid, so the error is that of a zero student, R / 2
+    p = Problem(Staircase(2, 2.0, "tread"), method="clipped_ste", lr=0.3, initial_variance=0.0)
+    assert exact(p, [0.0]).error[0] == pytest.approx(0.5, abs=1e-9)

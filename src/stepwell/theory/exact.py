@@ -167,7 +167,7 @@ def _frozen(problem: Problem, weights: Staircase, nodes: Nodes, edges: Array) ->
     c = float(edges[-1])
     far = (
         c
-        + 9 * np.sqrt(problem.initial_variance)
+        + 9 * max(np.sqrt(problem.initial_variance), 1e-6 * c)  # never empty, also for a start without width
         + abs(problem.initial_overlap / problem.teacher_power) * float(np.max(np.abs(nodes.value)))
     )
     total = 0.0
