@@ -83,7 +83,8 @@ def _named_as_options() -> Iterator[None]:
         message = str(error)
         for argument, option in OPTIONS.items():
             message = message.replace(f"`{argument}`", f"`{option}`")
-        raise ValueError(message) from error
+        error.args = (message,)
+        raise
 
 
 def _curve(problem: "Problem", time: float | None, theory: Theory, check: tuple[int, int] | None, figure: Path, *, json: bool) -> None:
