@@ -96,3 +96,21 @@ def initial_terms(p: Problem) -> np.ndarray:
     """Return what each of many independent weights adds to the error at the start."""
     psi = p.weights(np.random.default_rng(0).standard_normal(200_000))
     return (1 - 2 * p.gain * psi + p.power * psi**2) / 2
+
+
+@pytest.mark.slow
+def test_first_drop_of_the_one_bit_gaussian_teacher_agrees_with_simulation():
+    """The specification's row P5 says .256 for the exact L10; the solver says .2476, and so does the experiment.
+
+    Forty runs at d = 20,000 leave a standard error of 7e-4 in the error, at a slope of -.27 that is 2.7e-3 in time; three are allowed.
+    """
+    p = Problem(weights=Staircase(1, 1.0), lr=0.3, label_noise=0.2, teacher="gauss")
+    times = np.linspace(0, 0.6, 61)
+    whole = exact(p, np.concatenate([times, [5.0, 10.0, 20.0]]))
+    level = whole.error[0] - 0.1 * (whole.error[0] - whole.error.min())
+    run = simulate(p, times, dim=20_000, seeds=40, seed=1)
+    ours, found = (float(np.interp(-level, -curve, times)) for curve in (whole.error[:61], run.error))
+    assert run.stderr is not None
+    slope = (run.error[20] - run.error[30]) / (times[30] - times[20])
+    assert abs(ours - found) < 3 * float(run.stderr[25]) / slope
+    assert ours == pytest.approx(0.2476, abs=5e-4)
