@@ -5,7 +5,7 @@ two moments besides the copy that restores the model.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +18,38 @@ STEPS, LR = 240, 1e-3
 
 
 def descend(
-    stage: Stage, train: Train | None, *, steps: int, lr: float, show: Move, keep: Move, visit: Callable[[int], None]
+    stage: Stage,
+    train: Train | None,
+    *,
+    steps: int,
+    lr: float,
+    show: Move,
+    keep: Move,
+    visit: Callable[[int], None],
+    visits: Collection[int] | None = None,
 ) -> dict[str, Tensor]:
     """Return the latent weights after training; the model shows `show` of them.
 
     Args:
         stage: the model.
         train: loss of a step; None is the stage's own loss at every step.
-        steps: how many.
+        steps: of the whole schedule.
         lr: Adam's, annealed to zero by a cosine.
         show: `(name, latent)` -> what the forward pass sees.
         keep: `(name, latent)` -> the latent weights after a step.
-        visit: called before step 0, 1, 2, 4, 8, .. and after the last with the number of steps done.
+        visit: called with the number of steps done, when it is one of `visits`.
+        visits: the last of them ends the training, whatever the schedule; None is 0, 1, 2, 4, 8, .. and the schedule's end.
     """
+    looks = {0, steps, *(1 << power for power in range(steps.bit_length()))} if visits is None else set(visits)
+    last = steps if visits is None else max(looks)
     latent = {name: working(base).clone() for name, base in stage.base.items()}
     optimizer = torch.optim.Adam(latent.values(), lr=lr)
-    for step in range(steps + 1):
+    for step in range(last + 1):
         stage.put(lambda name, base: show(name, latent[name]))
-        if step == steps or step & (step - 1) == 0:
+        if step in looks:
             stage.evaluating()
             visit(step)
-        if step == steps:
+        if step == last:
             break
         _, gradients = stage.gradient(None if train is None else _at(train, step))
         for name, gradient in gradients.items():
