@@ -30,8 +30,8 @@ ONLY: dict[str, set[str]] = {"formats": set(), "report": set(), "theory": {"form
 REPORTERS = {"report", "train", "recipes", "integrations", "commands"}
 WITHOUT_TORCH = {"formats", "theory", "report", "commands", "cli"}  # commands import it inside the function that needs it
 HEAVY = {
-    "accelerate", "compressed_tensors", "datasets", "gguf", "numba", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
-    "sklearn", "torchao", "transformers",
+    "PIL", "accelerate", "compressed_tensors", "datasets", "gguf", "numba", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
+    "pyarrow", "sklearn", "torchao", "transformers",
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION = 350, 70
 

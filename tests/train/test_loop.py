@@ -60,3 +60,10 @@ def test_evaluate_leaves_mode_and_weights_alone():
         assert model.training is training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_loss_of_ones_own_replaces_the_cross_entropy():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(3.0)
+    losses = fit(model, [1.0, 2.0], optimizer=SGD(model.parameters(), lr=0.25), loss=lambda m, target: (m.weight - target).square().sum())
+    assert losses == [4.0, 0.0]  # the gradient at 3 is 4, so one step of a quarter lands on 2

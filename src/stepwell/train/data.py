@@ -13,7 +13,7 @@ SPLIT_SEED = 20261120  # network and budget were settled on other splits; this o
 
 
 class Images(NamedTuple):
-    """Standardised images `(count, 64)`, row by row, and their labels `(count,)`, 0 to 9."""
+    """Standardised images, `(count, 64)` row by row or `(count, colours, height, width)`, and their labels `(count,)`, 0 to 9."""
 
     pixels: Tensor
     labels: Tensor

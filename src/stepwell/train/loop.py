@@ -1,10 +1,10 @@
 """A plain training loop, such as any user has: nothing in it knows about quantization."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,33 +19,40 @@ class Score(NamedTuple):
     accuracy: float
 
 
+def image_loss(model: nn.Module, images: Images) -> Tensor:
+    """Return the mean cross entropy of a model's logits for images, 0-dim."""
+    return cross_entropy(model(images.pixels), images.labels)
+
+
 def fit(
     model: nn.Module,
-    data: Iterable[Images],
+    data: Iterable[Any],
     *,
     optimizer: Optimizer,
+    loss: Callable[[nn.Module, Any], Tensor] = image_loss,
     scheduler: LRScheduler | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Train on every batch once and return the loss of each, in nats per image.
+    """Train on every batch once and return the loss of each.
 
     Args:
         model: changed in place.
         data: batches; one optimizer step each.
         optimizer: holds the model's parameters. A `Run` attached to it needs nothing from this loop.
+        loss: `loss(model, batch)`, a mean; for images the cross entropy in nats.
         scheduler: stepped after each optimizer step.
         after_step: called with the number of steps done, for instance to evaluate under `run.deployed()`.
     """
     model.train()
     losses = []
-    for step, (pixels, labels) in enumerate(data, start=1):
-        loss = cross_entropy(model(pixels), labels)
+    for step, batch in enumerate(data, start=1):
+        value = loss(model, batch)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append(loss.detach())
+        losses.append(value.detach())
         if after_step is not None:
             after_step(step)
     return torch.stack(losses).tolist() if losses else []
