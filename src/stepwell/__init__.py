@@ -19,15 +19,23 @@ _HOME = {
     **dict.fromkeys(("attach", "Run"), "stepwell.run.attach"),
     "ste": "stepwell.methods.ste",
     "lotion": "stepwell.methods.lotion",
+    "lsq": "stepwell.methods.lsq",
+    "parq": "stepwell.methods.parq",
+    **dict.fromkeys(("held", "learned"), "stepwell.methods.learned"),
+    "distillation": "stepwell.methods.distill",
     "verify": "stepwell.export.parity",
     "Testbed": "stepwell.testbed",
-    **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods")},
+    **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods", "schedules")},
 }
 
 if TYPE_CHECKING:
-    from stepwell import export, methods, probes, ptq, theory
+    from stepwell import export, methods, probes, ptq, schedules, theory
     from stepwell.export.parity import verify
+    from stepwell.methods.distill import distillation
+    from stepwell.methods.learned import held, learned
     from stepwell.methods.lotion import lotion
+    from stepwell.methods.lsq import lsq
+    from stepwell.methods.parq import parq
     from stepwell.methods.ste import ste
     from stepwell.presets import fp4, fp8, int2, int3, int4, int8, intn, mxfp4, nvfp4, ternary
     from stepwell.quantizers import Encoded, Quantizer

@@ -143,6 +143,11 @@ class Quantizer:
             return None
         return scales.tensor_scale(self._wanted(blocks, *scales.extremes(blocks)).abs().max(), self.format)
 
+    def hold(self, scale: Tensor) -> Fit:
+        """Return given scales `(blocks, 1)` of a whole weight as they will be stored; grids with zero points follow the weights instead."""
+        tensor_scale = scales.tensor_scale(scale.abs().max(), self.format) if self.scale_dtype == "e4m3" else None
+        return self._stored(scale, scale, scale, tensor_scale)
+
     def snap(self, blocks: Tensor, fit: Fit) -> Tensor:
         """Return `(blocks, block)` rounded to nearest, in weight units."""
         return self.deliver(grids.round_nearest(fit.to_units(blocks), self.format), fit)

@@ -6,6 +6,7 @@ the parameter, so pieces and shards draw what the whole would.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from stepwell import randomness
 from stepwell.quantizers import Quantizer
 from stepwell.scales import Fit
+from stepwell.schedules import Schedule
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Context(NamedTuple):
@@ -28,6 +32,7 @@ class Context(NamedTuple):
         tensors: the method's own tensors for these rows, as `init` made them; they may be updated in place.
         key: 0-dim int64, of this parameter's random stream at this step.
         offset: index of the first element of the first row within the whole parameter.
+        scheduled: the values of the method's schedules at this step, 0-dim each; numbers would compile a new graph at every step.
     """
 
     quantizer: Quantizer
@@ -38,6 +43,7 @@ class Context(NamedTuple):
     tensors: Mapping[str, Tensor]
     key: Tensor
     offset: int
+    scheduled: Mapping[str, Tensor] = NOTHING
 
     def fitted(self, weight: Tensor) -> Fit:
         """Return the Run's scales for these rows, or refit them."""
@@ -71,7 +77,8 @@ class Method(NamedTuple):
         curvature: `(blocks, block)` positive numbers come from here: None is the optimizer's bias-corrected second moment; else a mapping
             or function from parameter name to a tensor of the parameter's shape.
         loss_terms: loss terms averaged per optimizer step, where the method counts them; None where the Run is told.
-        curved: whether `prox` reads its curvature; where it does not, any optimizer will do and it is given the weight instead.
+        curved: whether `push` and `prox` read their curvature; where they do not, any optimizer will do and they are given the weight.
+        schedules: numbers that change with the step, each a function of the steps done; the functions above read `context.scheduled`.
     """
 
     quantizer: Quantizer
@@ -84,6 +91,7 @@ class Method(NamedTuple):
     curvature: Curvature | None = None
     loss_terms: float | None = None
     curved: bool = True
+    schedules: Mapping[str, Schedule] = MappingProxyType({})
 
     @property
     def deploys_nearest(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stepwell import grids, scales
+from stepwell import grids
 from stepwell.blocks import block_length, from_blocks, scale_shape, to_blocks
 from stepwell.methods.base import Method
 from stepwell.quantizers import Encoded, Quantizer
@@ -106,7 +106,7 @@ class Managed:
         `tensor` is a local weight.
         """
         if self.begun and SCALE in self.tensors:
-            return Fit(scales.store(self.tensors[SCALE], self.grid.scale_dtype, self.grid.scale_rounding))
+            return self.grid.hold(self.tensors[SCALE])
         if self.begun and self.fit is not None:
             return self.fit
         if self.quantizer.scale_dtype != "e4m3":
@@ -114,8 +114,8 @@ class Managed:
         return self.grid.fit(wide(self.blocks(tensor)))
 
     def refit(self, tensor: Tensor) -> None:
-        """Search the scales again for a local weight, where the rule is a search."""
-        if self.quantizer.rule == "mse":
+        """Search the scales again for a local weight, where the rule is a search and the method has none of its own."""
+        if self.quantizer.rule == "mse" and SCALE not in self.tensors:
             self.fit = self.grid.fit(wide(self.blocks(tensor)))
 
     def rounded(self) -> Tensor:

@@ -14,6 +14,7 @@ from stepwell.methods.base import Context
 from stepwell.run import moments, passes
 from stepwell.run.managed import Managed, local, wide
 from stepwell.run.phases import Phase
+from stepwell.schedules import value_at
 
 Terms = Callable[[Managed, int], float]
 Replaced = tuple[tuple[Any, ...], dict[str, Any]]
@@ -293,6 +294,7 @@ class Stepper:
             tensors=one.tensors,
             key=torch.full((), randomness.stream(self._seed, step, one.name), dtype=torch.int64, device=source.device),
             offset=one.offset,
+            scheduled={name: _scalar(value_at(name, value, step), source) for name, value in one.method.schedules.items()},
         )
 
     def _show_into(self, one: Managed, into: Tensor) -> None:
