@@ -121,9 +121,8 @@ def failure_regime(axis: Axes, rng: np.random.Generator) -> None:
         rows += [(k, radius, ratio, *p, q, rms) for radius, ratio, p, q in zip(radii, WIDTHS, mine, law, strict=True)]
         axis.plot(WIDTHS, law, color=colour, linewidth=1)
         axis.plot(WIDTHS, [p for p, _ in mine], ".", color=colour, label=f"codimension {k}")
-        print(
-            f"codimension {k}: RMS {rms:.4f}, predicted {np.sqrt(k / 12):.4f}; in the basin at r = sqrt(k / 12): {np.mean(distances <= np.sqrt(k / 12)):.3f}"
-        )
+        at_rms = np.mean(distances <= np.sqrt(k / 12))
+        print(f"codimension {k}: RMS {rms:.4f}, predicted {np.sqrt(k / 12):.4f}; in the basin at r = sqrt(k / 12): {at_rms:.3f}")
     write("toy_ptq_rtn.csv", ("k", "half_width", "over_sqrt_k_12", "rtn_inside", "rtn_inside_se", "chi_law", "rms"), rows)
     axis.set(xlabel="half-width / sqrt(k / 12)", ylabel="share of RTN in the basin", title="d = 64 (lines: chi law)", ylim=(0, 1.03))
     axis.legend(frameon=False, fontsize=8)

@@ -45,9 +45,8 @@ def main() -> None:
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, "toy_staircase.svg")
     for row in cells:
-        print(
-            f"d {row[0]}, {row[1]:g} J/2: entered {row[4]:.3f} of {row[2]}, RTN inside {row[6]:.3f}, beyond the bound {row[3]}, T / bound {row[8]:.3f}"
-        )
+        print(f"d {row[0]}, {row[1]:g} J/2: entered {row[4]:.3f} of {row[2]}, RTN inside {row[6]:.3f}", end=", ")
+        print(f"beyond the bound {row[3]}, T / bound {row[8]:.3f}")
 
 
 def family(dim: int) -> tuple[Array, Array]:

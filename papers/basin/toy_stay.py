@@ -36,9 +36,7 @@ def main() -> None:
             stay = found[:, 0]
             rows.append((start, name, len(found), DRAWS, *mean(stay), float(np.median(stay)), *mean(found[:, 1]), *mean(found[:, 2])))
             stays.append(stay)
-            print(
-                f"{start}, {name}: entered {len(found)} of {DRAWS}; stay {rows[-1][4]:.3f} ± {rows[-1][5]:.3f}, second half {rows[-1][7]:.3f}"
-            )
+            print(f"{start}, {name}: entered {len(found)}; stay {rows[-1][4]:.3f} ± {rows[-1][5]:.3f}, second half {rows[-1][7]:.3f}")
     header = (
         "start",
         "loss",
@@ -71,7 +69,7 @@ def anywhere(rng: np.random.Generator) -> tuple[Valley, Array]:
 
 
 def one(valley: Valley, w: Array) -> tuple[float, float, float]:
-    """Return the stay fraction, that of the second half of the run, and how far the last deployed loss is above the best; nan for no entry."""
+    """Return the stay fraction, that of the second half, and how far the last deployed loss lies above the best; nan for no entry."""
     run = valley.ste(w, lr=LR, steps=STEPS)
     if run.stay is None:
         return (np.nan,) * 3
