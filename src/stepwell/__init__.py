@@ -23,7 +23,9 @@ _HOME = {
     "parq": "stepwell.methods.parq",
     **dict.fromkeys(("held", "learned"), "stepwell.methods.learned"),
     "distillation": "stepwell.methods.distill",
+    "quantize_training": "stepwell.train.quantize",
     "verify": "stepwell.export.parity",
+    "advise": "stepwell.advice.advise",
     "Testbed": "stepwell.testbed",
     **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods", "schedules")},
 }
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from stepwell.selection import select
     from stepwell.storage import load, save
     from stepwell.testbed import Testbed
+    from stepwell.train.quantize import quantize_training
 
 __all__ = [*sorted(_HOME), "__version__"]
 

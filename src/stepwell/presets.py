@@ -1,5 +1,6 @@
 """Presets: the quantizers people ask for by name."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ def intn(
     block: Block = 32,
     scale: Rule = "absmax",
     scale_dtype: ScaleDtype = "fp32",
-    levels: Levels = "symmetric",
+    levels: Levels | None = None,
     axis: int | None = None,
     compute: Compute = None,
 ) -> Quantizer:
@@ -28,6 +29,7 @@ def intn(
         scale: "absmax", "mse" (searched), or a positive number: the scale itself, within the normal range of its dtype.
         scale_dtype: "fp32", "fp16", "bf16", "e8m0" (a power of two, rounded up) or "e4m3" (rounded up, with a tensor scale).
         levels: "symmetric" -q..q, "full" -(q+1)..q with a signed scale, "mid" half-odd codes without a zero, "affine" with a zero point.
+            None is "symmetric", where `quantize_training` may choose better.
         axis: the contraction dimension where it is not the usual one.
         compute: "bf16" or "fp16" where the runtime rounds `scale * code` to that dtype.
 
@@ -37,25 +39,26 @@ def intn(
     >>> print(intn(4, block=128, scale_dtype="fp16", levels="full"))
     int4/full block 128, absmax fp16 scales
     """
-    return _build(integer(bits, levels), block, scale, scale_dtype, axis, compute)
+    built = _build(integer(bits, levels or "symmetric"), block, scale, scale_dtype, axis, compute)
+    return replace(built, levels_open=True) if levels is None else built
 
 
-def int2(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+def int2(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels | None = None) -> Quantizer:
     """Return `intn(2, ...)`: three levels if symmetric, four if "full" or "mid"."""
     return intn(2, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
 
 
-def int3(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+def int3(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels | None = None) -> Quantizer:
     """Return `intn(3, ...)`."""
     return intn(3, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
 
 
-def int4(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+def int4(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels | None = None) -> Quantizer:
     """Return `intn(4, ...)`."""
     return intn(4, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
 
 
-def int8(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels = "symmetric") -> Quantizer:
+def int8(*, block: Block = 32, scale: Rule = "absmax", scale_dtype: ScaleDtype = "fp32", levels: Levels | None = None) -> Quantizer:
     """Return `intn(8, ...)`."""
     return intn(8, block=block, scale=scale, scale_dtype=scale_dtype, levels=levels)
 

@@ -4,7 +4,7 @@ One frozen record describes a grid completely. Calling it rounds a weight; `brac
 function of; `encode` gives the codes and scales that are stored and shipped. Codes and scales are identical in all three.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class Quantizer:
         zero: what an "affine" grid stores per block: an integer zero point in codes, or the block's minimum as a weight.
         axis: the contraction dimension; None is the last of two, all but the first of more.
         compute: dtype that the runtime rounds `scale * code` to before it multiplies; None keeps the weight's own.
+        levels_open: whether the levels were left to the preset's default, so that `quantize_training` may choose them; no part of the grid.
     """
 
     format: Format
@@ -42,6 +43,7 @@ class Quantizer:
     zero: Zero = "integer"
     axis: int | None = None
     compute: Compute = None
+    levels_open: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.format.low > 0:

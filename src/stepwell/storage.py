@@ -145,7 +145,9 @@ def _open(path: Path) -> Any:
 
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:
-    return {**asdict(quantizer), "format": str(quantizer.format)}
+    fields = asdict(quantizer)
+    del fields["levels_open"]  # says how the quantizer was built, not what it is
+    return {**fields, "format": str(quantizer.format)}
 
 
 def _tensors(name: str, weight: Encoded) -> dict[str, Tensor]:

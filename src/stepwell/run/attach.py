@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
+from stepwell.methods.distill import Loss, plain
 from stepwell.methods.lotion import check_terms
 from stepwell.quantizers import Encoded, check_weight
 from stepwell.run import state, writes
@@ -39,6 +40,7 @@ class Run:
 
     Attributes:
         loss_terms: loss terms averaged per optimizer step: a number, or a function of the step; None takes the method's. Over all ranks.
+        loss: `loss(logits, targets, *inputs)`, the cross entropy, with the teacher that `quantize_training` was given in it.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Run:
     ) -> None:
         """Register the hooks; `attach` has checked everything."""
         self.loss_terms: LossTerms = None
+        self.loss: Loss = plain
         self._managed, self._optimizers = managed, optimizers
         self._frozen = [one for one in managed if one.optimizer is None]
         self._stepper = Stepper(managed, start=start, seed=seed, refit=refit, compiled=compiled)

@@ -1,0 +1,92 @@
+"""One call for the best recipe we know: every code of the grid, scales searched then learned, an annealed forward pass, LOTION's penalty.
+
+At two to four bits every part adds, in this order of size: all 2^b codes, a searched start of the scales, scales that are learned (LSQ),
+the annealed forward pass (PARQ) and the curvature penalty (LOTION), which is kept away from the learned scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stepwell.formats import integer
+from stepwell.methods.base import Method
+from stepwell.methods.distill import distillation
+from stepwell.methods.learned import learned
+from stepwell.methods.lotion import lotion
+from stepwell.methods.parq import parq
+from stepwell.quantizers import Quantizer
+from stepwell.run.attach import Run, attach
+from stepwell.schedules import sigmoid
+
+ANNEALED = 0.8  # share of the run in which the forward pass goes from free to rounded weights
+
+
+def quantize_training(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    quantizer: Quantizer | Mapping[str, Quantizer | None],
+    *,
+    steps: int,
+    loss_terms: float,
+    teacher: nn.Module | None = None,
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    compile: bool | None = None,
+) -> Run:
+    """Put the default recipe on a model that was trained in full precision; the loop around it goes on for `steps` steps.
+
+    Use half to three quarters of the learning rate that the full-precision run had, falling to zero.
+
+    Args:
+        model: any module.
+        optimizer: the optimizer, or all of them, that hold the selected parameters.
+        quantizer: the grid, or a mapping from names to grids. Where an integer grid was built without `levels=`, the recipe takes all
+            codes: half-odd ones ("mid") at 2 bits, "full" with signed scales above. Say `levels="symmetric"` where the runtime needs that.
+        steps: optimizer steps of the whole run; rounding is complete after four fifths of them.
+        loss_terms: loss terms averaged per optimizer step: batch times sequence for a language model.
+        teacher: a finished full-precision model; `run.loss` then has it in it. It costs its forward pass at every step.
+        skip, seed, compile: as in `attach`.
+
+    Returns:
+        The `Run`; `run.loss(logits, targets, *inputs)` is the cross entropy, half of it the distance to the teacher where there is one.
+
+    Raises:
+        TypeError, ValueError: as `attach`; steps that are no positive whole number; a teacher that is the model itself.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` must be the number of optimizer steps of the whole run: got {steps!r}.")
+    if teacher is model:
+        raise ValueError(
+            "`teacher` is `model` itself, which is about to be quantized. Give `copy.deepcopy(model)`, or a finished run of it."
+        )
+    loss = None if teacher is None else distillation(teacher)
+    methods: Method | dict[str, Method | None]
+    if isinstance(quantizer, Mapping):
+        methods = {name: None if grid is None else recipe(grid, steps=steps, loss_terms=loss_terms) for name, grid in quantizer.items()}
+    else:
+        methods = recipe(quantizer, steps=steps, loss_terms=loss_terms)
+    run = attach(model, methods, optimizer, skip=skip, seed=seed, compile=compile)
+    if loss is not None:
+        run.loss = loss
+    return run
+
+
+def recipe(quantizer: Quantizer, *, steps: int, loss_terms: float | None = None) -> Method:
+    """Return the default method for a run of `steps` optimizer steps; arguments as in `quantize_training`."""
+    grid = all_codes(quantizer)
+    penalty = lotion(grid, loss_terms=loss_terms)
+    forward = parq(grid, slope=sigmoid(1, 0, steps=max(1, round(ANNEALED * steps))))
+    method = forward._replace(push=penalty.push, loss_terms=penalty.loss_terms)
+    if grid.format.levels == "affine" or isinstance(grid.rule, float):
+        return method._replace(name="default")  # nothing to learn: the scale is given, or bound to a zero point
+    return learned(method)._replace(name="default")
+
+
+def all_codes(quantizer: Quantizer) -> Quantizer:
+    """Return the grid with every code of its bits in use, where the levels were left open."""
+    if not quantizer.levels_open:
+        return quantizer
+    signed = quantizer.scale_dtype != "e8m0" and quantizer.format.bits > 2
+    return replace(quantizer, format=integer(quantizer.format.bits, "full" if signed else "mid"), levels_open=False)
