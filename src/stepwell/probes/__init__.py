@@ -4,6 +4,8 @@ from stepwell.probes.box_qat import box_qat
 from stepwell.probes.control import control
 from stepwell.probes.inward import contrast, inward
 from stepwell.probes.latent import latent
+from stepwell.probes.live import Log
+from stepwell.probes.look import Look
 from stepwell.probes.neighbours import neighbours
 from stepwell.probes.over import over
 from stepwell.probes.plane import plane
@@ -14,6 +16,8 @@ from stepwell.probes.segment import segment
 from stepwell.probes.width import width
 
 __all__ = [
+    "Log",
+    "Look",
     "box_qat",
     "contrast",
     "control",

@@ -9,6 +9,7 @@ size that a random direction would have.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
@@ -109,9 +110,9 @@ def inward(
     quantized = place(model, at, "at")
     reference: Place = dict.fromkeys(quantized) if toward is None else matching(model, toward, "toward", quantized)
     with staged(model, loss, quantized) as stage:
-        latent_loss, latent = _against(stage, quantized, reference)
+        latent_loss, latent = against(stage, quantized, reference)
         stage.put(lambda name, base: weight(quantized[name], base))
-        here, back = _against(stage, quantized, reference)
+        here, back = against(stage, quantized, reference)
         if baseline is None and any(value is not None for value in reference.values()):
             stage.put(lambda name, base: weight(reference[name], base))
             baseline = stage.loss()
@@ -131,11 +132,24 @@ def inward(
         )
 
 
-def contrast(points: Sequence[Inward]) -> Contrast:
+class _Point(Protocol):
+    """What `contrast` reads off a point: a result of `inward`, or a look of a `Log`."""
+
+    @property
+    def cosine(self) -> float: ...
+    @property
+    def latent_cosine(self) -> float: ...
+    @property
+    def projection(self) -> float: ...
+    @property
+    def outside(self) -> bool: ...
+
+
+def contrast(points: Sequence[_Point]) -> Contrast:
     """Return what the points of one or many runs say together: shares outside and inside, and how well size tells them apart.
 
     Args:
-        points: from `inward`.
+        points: from `inward`, or the looks of a `Log`.
 
     Raises:
         ValueError: no points.
@@ -169,15 +183,14 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     return wins / (len(positive) * len(negative))
 
 
-@dataclass(frozen=True)
-class _Angle:
-    """A descent direction against a way."""
+class Angle(NamedTuple):
+    """A descent direction against a way: the cosine between them, and the fall of the loss per weight unit on it."""
 
     cosine: float
     projection: float
 
 
-def _against(stage: Stage, quantized: Place, reference: Place) -> tuple[float, _Angle]:
+def against(stage: Stage, quantized: Place, reference: Place) -> tuple[float, Angle]:
     """Return the loss where the weights are now, and its descent direction against the way from q to b."""
     value, gradients = stage.gradient()
     along = size = way = 0.0
@@ -188,8 +201,8 @@ def _against(stage: Stage, quantized: Place, reference: Place) -> tuple[float, _
         size += dot(gradient, gradient)
         way += dot(back, back)
     if not size or not way:
-        return value, _Angle(math.nan, 0.0 if way else math.nan)
-    return value, _Angle(along / math.sqrt(size * way), along / math.sqrt(way))
+        return value, Angle(math.nan, 0.0 if way else math.nan)
+    return value, Angle(along / math.sqrt(size * way), along / math.sqrt(way))
 
 
 def _distance(stage: Stage, reference: Place) -> float:

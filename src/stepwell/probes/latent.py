@@ -7,6 +7,7 @@ Clipping moves weights by itself: compare with the loss at b clipped to the grid
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -80,7 +81,7 @@ def latent(model: nn.Module, loss: Loss, *, at: Weights | Quantizer, start: Weig
             losses.append(stage.loss())
         stage.put(lambda name, base: weight(deployed[name], base))
         here = stage.loss()
-        moved, along, sums = _moves(stage, deployed, before)
+        moved = moves(stage, deployed, before)
         return Latent(
             start=losses[0],
             rounded_loss=losses[1],
@@ -88,28 +89,51 @@ def latent(model: nn.Module, loss: Loss, *, at: Weights | Quantizer, start: Weig
             latent_loss=stage.start,
             loss=here,
             final=stage.settled(),
-            compensation=-along / math.sqrt(sums[1] * sums[2]) if sums[1] and sums[2] else math.nan,
-            distance=math.sqrt(sums[0]),
-            rounded_distance=math.sqrt(sums[1]),
-            latent_distance=math.sqrt(sums[2]),
-            changed=moved[0] / stage.elements,
-            near=1 - moved[1] / stage.elements,
-            farthest=moved[2],
+            compensation=moved.compensation,
+            distance=moved.distance,
+            rounded_distance=moved.rounded_distance,
+            latent_distance=moved.latent_distance,
+            changed=moved.changed,
+            near=moved.near,
+            farthest=moved.farthest,
             cost=stage.cost,
         )
 
 
-def _moves(stage: Stage, deployed: dict[str, Encoded], before: Place) -> tuple[tuple[int, int, int], float, list[float]]:
-    """Return codes (changed, by more than one step, largest move), (w - b).(r - b), and the squares of q - b, r - b and w - b."""
-    changed = far = farthest = 0
+class Moves(NamedTuple):
+    """How far codes and weights are from where training began; fields as in `Latent`, `steps` the mean move of a code."""
+
+    compensation: float
+    distance: float
+    rounded_distance: float
+    latent_distance: float
+    changed: float
+    near: float
+    farthest: int
+    steps: float
+
+
+def moves(stage: Stage, deployed: dict[str, Encoded], before: Place) -> Moves:
+    """Compare codes and weights with those before training, on the grid of the deployed ones."""
+    changed = far = farthest = total = 0
     along, sums = 0.0, [0.0, 0.0, 0.0]
     for name, encoded in deployed.items():
         base = working(stage.base[name])
         held, origin = grid(encoded, base), weight(before[name], base)
         steps = (held.indices(encoded) - held.nearest(origin)).abs()
         changed, far, farthest = changed + int((steps > 0).sum()), far + int((steps > 1).sum()), max(farthest, int(steps.max()))
+        total += int(steps.sum())
         rounding = held.round(origin) - origin
         along += dot(base - origin, rounding)
         for k, part in enumerate((weight(encoded, base) - origin, rounding, base - origin)):
             sums[k] += dot(part, part)
-    return (changed, far, farthest), along, sums
+    return Moves(
+        compensation=-along / math.sqrt(sums[1] * sums[2]) if sums[1] and sums[2] else math.nan,
+        distance=math.sqrt(sums[0]),
+        rounded_distance=math.sqrt(sums[1]),
+        latent_distance=math.sqrt(sums[2]),
+        changed=changed / stage.elements,
+        near=1 - far / stage.elements,
+        farthest=farthest,
+        steps=total / stage.elements,
+    )

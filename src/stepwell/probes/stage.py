@@ -186,6 +186,14 @@ def staged(model: nn.Module, loss: Loss, names: Iterable[str]) -> Iterator[Stage
         TypeError: `loss` is not callable or returns no tensor.
         ValueError: `loss` is not scalar, not finite or not deterministic.
     """
+    with unchecked(model, loss, names) as stage:
+        stage.check()
+        yield stage
+
+
+@contextmanager
+def unchecked(model: nn.Module, loss: Loss, names: Iterable[str]) -> Iterator[Stage]:
+    """Do as `staged` with a loss that has been checked before, which saves two forward passes; `start` is not known."""
     if not callable(loss):
         raise TypeError(f"`loss` must be a function of the model: got {type(loss).__name__}. Write `lambda model: criterion(model(x), y)`.")
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -194,7 +202,6 @@ def staged(model: nn.Module, loss: Loss, names: Iterable[str]) -> Iterator[Stage
     stage = Stage(model, loss, {name: parameters[name] for name in names})
     try:
         stage.evaluating()
-        stage.check()
         yield stage
     finally:
         stage._restore()

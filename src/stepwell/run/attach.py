@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
@@ -27,6 +28,7 @@ from stepwell.run import state, writes
 from stepwell.run.check import managed_of, optimizers_of
 from stepwell.run.managed import Managed
 from stepwell.run.moments import reads_moments
+from stepwell.run.rounds import Rounds, Watcher
 from stepwell.run.step import Hooks, Stepper
 
 LossTerms = float | Callable[[int], float] | None
@@ -39,19 +41,19 @@ class Run:
     A step that ends in an exception is repaired by the next call of a Run's method, or else by the next step.
 
     Attributes:
+        model: what the method lives on.
         loss_terms: loss terms averaged per optimizer step: a number, or a function of the step; None takes the method's. Over all ranks.
         loss: `loss(logits, targets, *inputs)`, the cross entropy, with the teacher that `quantize_training` was given in it.
     """
 
-    def __init__(
-        self, managed: list[Managed], optimizers: list[Optimizer], *, start: int, seed: int, refit: int, compiled: bool | None
-    ) -> None:
+    def __init__(self, model: nn.Module, managed: list[Managed], optimizers: list[Optimizer], stepper: Stepper) -> None:
         """Register the hooks; `attach` has checked everything."""
+        self.model = model
         self.loss_terms: LossTerms = None
         self.loss: Loss = plain
-        self._managed, self._optimizers = managed, optimizers
+        self._managed, self._optimizers, self._rounds = managed, optimizers, Rounds(optimizers)
         self._frozen = [one for one in managed if one.optimizer is None]
-        self._stepper = Stepper(managed, start=start, seed=seed, refit=refit, compiled=compiled)
+        self._stepper = stepper
         self._watch: dict[str, Watch] = {}
         self._warned = False
         self._shown: str | None = None
@@ -126,14 +128,20 @@ class Run:
             Parameter name -> `Encoded`, in the model's order; each parameter equals its `decode()`, cast to the parameter's dtype.
         """
         self._end("finalize")
+        encoded = self.encoded()
+        for one in self._managed:
+            one.weight.copy_(one.rounded())
+        self._remove()
+        return encoded
+
+    def encoded(self) -> dict[str, Encoded]:
+        """Return what `finalize` would return now; the run goes on."""
+        self._settle()
         encoded = {}
         for one in self._managed:
             if one.source.numel():  # not an empty shard
                 check_weight(one.source, one.name)
             encoded[one.name] = one.encode()
-        for one in self._managed:
-            one.weight.copy_(one.rounded())
-        self._remove()
         return encoded
 
     def detach(self, *, keep: Literal["latent", "deployed"] = "latent") -> None:
@@ -158,6 +166,11 @@ class Run:
             rows[one.name] = watch.look(one.blocks(one.source), one.grid, one.held_fit(one.source))
         return Health(rows)
 
+    def on_step(self, watcher: Watcher) -> RemovableHandle:
+        """Call `watcher(False)` whenever all optimizers have stepped, `watcher(True)` before the run ends; the handle has `remove()`."""
+        self._settle()
+        return self._rounds.add(watcher)
+
     def _hooks(self, optimizer: Optimizer) -> list[Any]:
         """Register the five hooks on one optimizer."""
         asked = Hooks(self._check_in, self._terms)
@@ -167,13 +180,17 @@ class Run:
                 raise RuntimeError(
                     f"optimizer.step() inside `run.{self._shown}()`: the weights there are for looking. Leave the block first."
                 )
+            self._rounds.begins(optimizer)
             replaced: tuple[tuple[Any, ...], dict[str, Any]] | None = self._stepper.before(
                 optimizer, (args, kwargs), sys._getframe(1), asked
             )
             return replaced
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before = self._stepper.steps.get(optimizer)
             self._stepper.after(optimizer, sys._getframe(1))
+            if before is None or self._stepper.steps[optimizer] != before:  # not skipped, not the inner call of a subclass
+                self._rounds.ends(optimizer)
 
         def outgoing(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             self._settle(warn=self.steps > 0)  # a checkpoint being loaded reads this first: before any step nothing can be lost
@@ -265,6 +282,7 @@ class Run:
         self._settle()
         if self._shown is not None:
             raise RuntimeError(f"`run.{what}()` inside `run.{self._shown}()`: leave the block first.")
+        self._rounds.call(last=True)
 
     @contextmanager
     def _showing(self, what: str) -> Iterator[None]:
@@ -327,4 +345,4 @@ def attach(
         twice = next((one.name for one in managed if id(one.parameter) in taken), None)
         if twice is not None:
             raise ValueError(f"{twice!r} already has a run: {run!r}. Call its `finalize()` or `detach()` first.")
-    return Run(managed, optimizers, start=start, seed=seed, refit=refit, compiled=compile)
+    return Run(model, managed, optimizers, Stepper(managed, start=start, seed=seed, refit=refit, compiled=compile))
