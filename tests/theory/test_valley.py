@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from stepwell.theory.recovery import largest_rounding
 from stepwell.theory.valley import Valley
 
 DIAGONAL = np.ones(2) / np.sqrt(2)
@@ -37,6 +38,7 @@ def plane(center, off=0.0, half_width=0.3):
 
 def test_row_a_the_smallest_failure_and_its_recovery():
     v, w, h = plane((0.42, 0.36))
+    assert v.rtn(w).tolist() == v.gptq(w, h).tolist() == [0, 0]
     assert v.distance(v.rtn(w)) == pytest.approx([-0.551543], abs=TOLERANCE)
     assert v.loss(v.rtn(w)) == v.loss(v.gptq(w, h)) == pytest.approx(0.251543, abs=TOLERANCE)
     assert v.cvp(w, h, reach=2).tolist() == [0, 0]
@@ -48,6 +50,7 @@ def test_row_a_the_smallest_failure_and_its_recovery():
 
 def test_row_a_with_a_tie_never_enters():
     v, w, h = plane((0.40, 0.40))
+    assert v.rtn(w).tolist() == v.gptq(w, h).tolist() == v.cvp(w, h, reach=2).tolist() == [0, 0]
     assert v.distance(v.rtn(w)) == pytest.approx([-0.565685], abs=TOLERANCE)
     assert v.loss(v.rtn(w)) == v.loss(v.gptq(w, h)) == pytest.approx(0.265685, abs=TOLERANCE)
     run = v.ste(w, lr=0.05, steps=400)
@@ -64,6 +67,8 @@ def test_row_b_curvature_across_the_valley_rescues_gptq():
     assert v.gptq(w, h).tolist() == [0, 1]
     assert v.loss([0, 1]) == 0
     assert v.cvp(w, h, reach=2).tolist() == [1, 0]
+    assert not v.inside(v.rtn(w))
+    assert v.near(w).tolist() == [[0, 1], [1, 0]]
 
 
 def test_row_c_curvature_along_the_river_misleads_gptq():
@@ -71,6 +76,7 @@ def test_row_c_curvature_along_the_river_misleads_gptq():
     assert v.distance(v.rtn(w)) == pytest.approx([0.070711], abs=TOLERANCE)
     assert v.inside(v.rtn(w))
     assert v.gptq(w, h).tolist() == v.cvp(w, h, reach=2).tolist() == [0, 0]
+    assert not v.inside([0, 0])
     assert v.loss([0, 0]) == pytest.approx(0.336396, abs=TOLERANCE)
     assert v.ste(w, lr=0.05, steps=400).first_entry == 0
     assert v.near(w).tolist() == [[-1, 2], [0, 1], [1, 0]]
@@ -99,19 +105,19 @@ def test_lattice_lines_are_one_over_the_direction_apart(direction):
 
 
 @pytest.mark.parametrize(
-    ("dim", "half_width", "lr", "start", "entry", "end", "changed", "bound"),
+    ("dim", "half_width", "lr", "start", "loss", "entry", "end", "changed", "bound"),
     [
-        (8, 0.25, 0.02, -0.410841, 7, 0.020336, 1, None),
-        (16, 0.25, 0.02, -0.255084, 5, 0.115985, None, 70),
-        (128, 0.1, 0.01, -0.346052, 31, -0.001185, 3, 483),
+        (8, 0.25, 0.02, -0.410841, 0.160841, 7, 0.020336, 1, None),
+        (16, 0.25, 0.02, -0.255084, 0.005084, 5, 0.115985, None, 70),
+        (128, 0.1, 0.01, -0.346052, 0.246052, 31, -0.001185, 3, 483),
     ],
 )
-def test_staircase_rows(dim, half_width, lr, start, entry, end, changed, bound):
+def test_staircase_rows(dim, half_width, lr, start, loss, entry, end, changed, bound):
     normal, w = staircase(dim)
     v = Valley([normal], w, half_width)
     q = v.rtn(w)
     assert v.distance(q) == pytest.approx([start], abs=TOLERANCE)
-    assert v.loss(q) == pytest.approx(-start - half_width, abs=2 * TOLERANCE)
+    assert v.loss(q) == pytest.approx(loss, abs=TOLERANCE)
     run = v.ste(w, lr=lr, steps=3000)
     assert run.first_entry == entry
     assert v.distance(run.points[entry]) == pytest.approx([end], abs=TOLERANCE)
@@ -119,6 +125,11 @@ def test_staircase_rows(dim, half_width, lr, start, entry, end, changed, bound):
     assert bound is None or run.bound == bound
     assert run.stay == 1.0  # the floor is flat: no gradient, no way out
     assert (np.linalg.norm(run.points[-1] - run.points[entry])) == 0
+
+
+def test_the_largest_rounding_error_of_the_family_in_eight_dimensions():
+    normal, _ = staircase(8)
+    assert largest_rounding(normal[None], 1.0) == pytest.approx(1.158756, abs=TOLERANCE)
 
 
 def test_a_jump_over_a_narrow_basin_never_enters():
@@ -137,11 +148,13 @@ def test_a_jump_over_a_narrow_basin_never_enters():
 
 def test_the_staircase_never_falls():
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        normal, w = unit_normals(rng, 1, 12), rng.uniform(-2, 2, 12)
-        v = Valley(normal, w, 0.3)
-        along = v.distance(v.rtn(w + np.linspace(0, 3, 2000)[:, None] * normal[0]))[:, 0]
+    for _ in range(100):
+        dim = int(rng.integers(2, 33))
+        normal, w = unit_normals(rng, 1, dim), rng.uniform(-2, 2, dim)
+        v, alpha = Valley(normal, w, 0.3), np.linspace(0, 3, 1000)
+        along = v.distance(v.rtn(w + alpha[:, None] * normal[0]))[:, 0]
         assert (np.diff(along) > -1e-12).all()
+        assert (np.abs(along - alpha) <= largest_rounding(normal, 1.0) + 1e-12).all()
 
 
 def test_entry_is_within_the_staircase_bound_where_the_jump_fits():
@@ -182,7 +195,7 @@ def test_jump_is_the_largest_rise_over_a_stretch():
 
 def test_entry_is_within_the_distance_bound_where_the_basin_is_wide():
     rng, tried = np.random.default_rng(3), 0
-    while tried < 40:
+    while tried < 120:
         normals, center = unit_normals(rng, 3, 12), rng.uniform(-2, 2, 12)
         anisotropy = rng.uniform(0.95, 1.0, 3) if tried % 2 else None
         v = Valley(normals, center, 2.2, curvature=0.02 * (tried % 3), anisotropy=anisotropy)

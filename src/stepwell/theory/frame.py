@@ -50,7 +50,7 @@ class Frame(NamedTuple):
         bent = (n - b * sine) / root
         # d root / dx = -b^2 omega^3 cos sin / root
         slope = -b * omega * cosine / root + bent * (b * omega) ** 2 * omega * cosine * sine / root**2
-        return bent, self.normals / root + slope * self.river
+        return bent, self.normals[0] / root + slope * self.river
 
     def size(self, n: Array) -> Array:
         """Return the basin's norm |A n|, `(*)`, of normal coordinates `(*, k)`."""
