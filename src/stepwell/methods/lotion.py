@@ -19,6 +19,7 @@ from torch.nn.functional import hardshrink
 
 from stepwell import grids
 from stepwell.blocks import from_blocks, to_blocks
+from stepwell.formats import Format
 from stepwell.methods.base import Context, Curvature, Method, round_nearest
 from stepwell.methods.ste import check_quantizer
 from stepwell.quantizers import Quantizer
@@ -147,28 +148,42 @@ def penalty_force(weight: Tensor, curvature: Tensor, context: Rows) -> Tensor:
     Every line here is one pass over the weights in every training step, so scalars ride on the `(blocks, 1)` scales.
     """
     quantizer, fit = context.quantizer, context.fit
-    format = quantizer.format
     units = fit.to_units(weight)
-    tolerance = 4 * torch.finfo(units.dtype).eps * max(-format.low, format.high)
-    if format.uniform:
-        rest = units.clamp_(format.low, format.high) - ((units + format.shift).round_() - format.shift if format.shift else units.round())
-        rest = hardshrink(rest, tolerance)  # on the grid to rounding error is on the grid: no force at all
-        slope = rest.sign().sub_(rest, alpha=2)
-        variance = rest.abs_().addcmul_(rest, rest, value=-1)
-    else:
-        lower, units, upper, _ = grids.bracket(units, format)
-        free = torch.minimum(units - lower, upper - units) > tolerance
-        slope, variance = (lower + upper - 2 * units) * free, (units - lower) * (upper - units) * free
+    slope, lift = _even_cells(units, quantizer.format, fit.zero) if quantizer.format.uniform else _cells(units, quantizer.format)
     pull = curvature * (fit.scale * (context.factor / 2))
-    if not context.through_scale or quantizer.rule != "absmax" or quantizer.scale_dtype in ("e8m0", "e4m3"):
-        return slope.mul_(pull)
-    base = units if fit.zero is None else units - fit.zero
-    total = 2 * variance.addcmul_(base, slope, value=-0.5).mul_(pull).sum(1, keepdim=True)
     force = slope.mul_(pull)
+    if not context.through_scale or quantizer.rule != "absmax" or quantizer.scale_dtype in ("e8m0", "e4m3"):
+        return force
+    total = lift.mul_(pull).sum(1, keepdim=True)
     drift = force.sum(1, keepdim=True) if fit.minimum is not None else None
-    if format.levels != "affine" and quantizer.scale_dtype == "fp32":
+    if quantizer.format.levels != "affine" and quantizer.scale_dtype == "fp32":
         return _to_edge(force, units, quantizer, total)
     return _to_extremes(force, weight, quantizer, total, drift)
+
+
+def _even_cells(units: Tensor, format: Format, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what the penalty does in the cells of a uniform grid, in units of `g s / 2`: its slope f, and its derivative by the scale.
+
+    The latter is `2 (|r| - r^2) - z f`, which is `|r| - n f` at the code n = z - r. `units` are clamped in place.
+    """
+    units.clamp_(format.low, format.high)
+    code = (units + format.shift).round_().sub_(format.shift) if format.shift else units.round()
+    rest = hardshrink(units - code, _tolerance(units, format))  # on the grid to rounding error is on the grid: no force at all
+    slope = rest.sign().sub_(rest, alpha=2)
+    return slope, rest.abs_().addcmul_(code if zero is None else code.sub_(zero), slope, value=-1)
+
+
+def _cells(units: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Return the same for the cells of a float grid, whose widths differ."""
+    lower, inside, upper, _ = grids.bracket(units, format)
+    free = torch.minimum(inside - lower, upper - inside) > _tolerance(units, format)
+    slope = (lower + upper - 2 * inside) * free
+    return slope, (2 * (inside - lower)).mul_(upper - inside).mul_(free).addcmul_(inside, slope, value=-1)
+
+
+def _tolerance(units: Tensor, format: Format) -> float:
+    """Return how far from a grid value rounding errors may put a weight that lies on it, in units of the scale."""
+    return float(4 * torch.finfo(units.dtype).eps * max(-format.low, format.high))
 
 
 def _to_edge(force: Tensor, units: Tensor, quantizer: Quantizer, total: Tensor) -> Tensor:
