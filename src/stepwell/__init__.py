@@ -22,6 +22,7 @@ _HOME = {
     "lsq": "stepwell.methods.lsq",
     "parq": "stepwell.methods.parq",
     **dict.fromkeys(("held", "learned"), "stepwell.methods.learned"),
+    **{name: f"stepwell.methods.{name}" for name in ("binary_relax", "cage", "coupled", "fisher", "prox", "sampled", "soft")},
     "distillation": "stepwell.methods.distill",
     "quantize_training": "stepwell.train.quantize",
     "verify": "stepwell.export.parity",
@@ -33,11 +34,18 @@ _HOME = {
 if TYPE_CHECKING:
     from stepwell import export, methods, probes, ptq, schedules, theory
     from stepwell.export.parity import verify
+    from stepwell.methods.binary_relax import binary_relax
+    from stepwell.methods.cage import cage
+    from stepwell.methods.coupled import coupled
     from stepwell.methods.distill import distillation
+    from stepwell.methods.fisher import fisher
     from stepwell.methods.learned import held, learned
     from stepwell.methods.lotion import lotion
     from stepwell.methods.lsq import lsq
     from stepwell.methods.parq import parq
+    from stepwell.methods.prox import prox
+    from stepwell.methods.sampled import sampled
+    from stepwell.methods.soft import soft
     from stepwell.methods.ste import ste
     from stepwell.presets import fp4, fp8, int2, int3, int4, int8, intn, mxfp4, nvfp4, ternary
     from stepwell.quantizers import Encoded, Quantizer

@@ -33,6 +33,7 @@ class Context(NamedTuple):
         key: 0-dim int64, of this parameter's random stream at this step.
         offset: index of the first element of the first row within the whole parameter.
         scheduled: the values of the method's schedules at this step, 0-dim each; numbers would compile a new graph at every step.
+        correction: 0-dim, bias correction of Adam's second moment where `prox` is given that as its curvature; None elsewhere.
     """
 
     quantizer: Quantizer
@@ -44,6 +45,7 @@ class Context(NamedTuple):
     key: Tensor
     offset: int
     scheduled: Mapping[str, Tensor] = NOTHING
+    correction: Tensor | None = None
 
     def fitted(self, weight: Tensor) -> Fit:
         """Return the Run's scales for these rows, or refit them."""
@@ -79,6 +81,8 @@ class Method(NamedTuple):
         loss_terms: loss terms averaged per optimizer step, where the method counts them; None where the Run is told.
         curved: whether `push` and `prox` read their curvature; where they do not, any optimizer will do and they are given the weight.
         schedules: numbers that change with the step, each a function of the steps done; the functions above read `context.scheduled`.
+        counted: whether `context.loss_terms` is needed although the curvature is not the optimizer's.
+        unbiased: whether the method takes randomized rounding for unbiased, which it is only inside the grid.
     """
 
     quantizer: Quantizer
@@ -92,6 +96,8 @@ class Method(NamedTuple):
     loss_terms: float | None = None
     curved: bool = True
     schedules: Mapping[str, Schedule] = MappingProxyType({})
+    counted: bool = False
+    unbiased: bool = False
 
     @property
     def deploys_nearest(self) -> bool:

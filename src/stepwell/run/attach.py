@@ -240,7 +240,7 @@ class Run:
 
     def _terms(self, one: Managed, step: int) -> float:
         """Return the loss terms of this step for one parameter."""
-        if not reads_moments(one.method):
+        if not (reads_moments(one.method) or one.method.counted):
             return 1.0
         given = one.method.loss_terms if self.loss_terms is None else self.loss_terms
         if given is None:

@@ -133,7 +133,7 @@ def _check_moments(name: str, method: Method, optimizer: Optimizer, parameter: n
     if not isinstance(optimizer, EXACT):
         raise ValueError(
             f"{name!r}: {method.name} takes its curvature from Adam's second moment, which {kind} does not keep. "
-            "Use Adam, AdamW or RAdam, or give `curvature=`, a function from parameter name to a tensor."
+            "Use Adam, AdamW or RAdam; or let the method keep its own average of squared gradients, `fisher(method)`; or give `curvature=`."
         )
     group: Any = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
     if method.push is not None and not exact(optimizer, group):

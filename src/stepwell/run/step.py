@@ -248,6 +248,8 @@ class Stepper:
             one.weight.sub_(down)
         if one.method.prox is not None:
             context = self._context(one, terms * moments.correction(one))
+            if moments.reads_moments(one.method):
+                context = context._replace(correction=_scalar(moments.bias(one), one.weight))
             self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
         assert one.optimizer is not None
         if self.steps[one.optimizer] % self._refit == 0:

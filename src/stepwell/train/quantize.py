@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 from stepwell.formats import integer
 from stepwell.methods.base import Method
 from stepwell.methods.distill import distillation
+from stepwell.methods.fisher import fisher
 from stepwell.methods.learned import learned
 from stepwell.methods.lotion import lotion
 from stepwell.methods.parq import parq
 from stepwell.quantizers import Quantizer
 from stepwell.run.attach import Run, attach
+from stepwell.run.check import optimizers_of
+from stepwell.run.moments import EXACT
 from stepwell.schedules import sigmoid
 
 ANNEALED = 0.8  # share of the run in which the forward pass goes from free to rounded weights
@@ -41,7 +44,8 @@ def quantize_training(
 
     Args:
         model: any module.
-        optimizer: the optimizer, or all of them, that hold the selected parameters.
+        optimizer: the optimizer, or all of them, that hold the selected parameters. Where one is not of Adam's kind, the Run averages
+            squared gradients itself, at the price of one more tensor of the weights' size.
         quantizer: the grid, or a mapping from names to grids. Where an integer grid was built without `levels=`, the recipe takes all
             codes: half-odd ones ("mid") at 2 bits, "full" with signed scales above. Say `levels="symmetric"` where the runtime needs that.
         steps: optimizer steps of the whole run; rounding is complete after four fifths of them.
@@ -62,11 +66,17 @@ def quantize_training(
             "`teacher` is `model` itself, which is about to be quantized. Give `copy.deepcopy(model)`, or a finished run of it."
         )
     loss = None if teacher is None else distillation(teacher)
+    moments = all(isinstance(one, EXACT) for one in optimizers_of(optimizer))
+
+    def made(grid: Quantizer) -> Method:
+        method = recipe(grid, steps=steps, loss_terms=loss_terms)
+        return method if moments else fisher(method)._replace(name=method.name)
+
     methods: Method | dict[str, Method | None]
     if isinstance(quantizer, Mapping):
-        methods = {name: None if grid is None else recipe(grid, steps=steps, loss_terms=loss_terms) for name, grid in quantizer.items()}
+        methods = {name: None if grid is None else made(grid) for name, grid in quantizer.items()}
     else:
-        methods = recipe(quantizer, steps=steps, loss_terms=loss_terms)
+        methods = made(quantizer)
     run = attach(model, methods, optimizer, skip=skip, seed=seed, compile=compile)
     if loss is not None:
         run.loss = loss

@@ -1,0 +1,61 @@
+"""Soft staircase: the forward pass sees a smoothed staircase whose temperature falls to zero.
+
+Source: the smooth staircase of the STE dynamics paper (arXiv:2510.10693): psi_T(v) = l_0 + sum_k D_k Phi((v - theta_k) / T), the mean of
+the staircase over Gaussian noise of standard deviation T; T -> 0 gives rounding to nearest.
+Symbols: l = levels, D_k = l_k - l_{k-1}, theta_k = (l_k + l_{k-1}) / 2, Phi = standard normal distribution function, all in grid units.
+Differs: there it is a device of the theory at one temperature; the gradient passes straight through, as in the paper's STE.
+"""
+
+import torch
+from torch import Tensor
+from torch.special import ndtr
+
+from stepwell import grids
+from stepwell.methods.base import Context, Method
+from stepwell.methods.ste import check_quantizer
+from stepwell.quantizers import Quantizer
+from stepwell.schedules import Schedule, scheduled
+
+HOTTEST = 0.5  # grid units, where psi_T of a uniform grid differs from a straight line by 0.2 % of a step
+NEAR = 3  # thresholds on either side that count: the next is 6 standard deviations away at the hottest, 1e-9 of a step
+MOST = 16  # levels of a grid with unequal steps, whose thresholds are visited one by one
+
+
+def soft(quantizer: Quantizer, *, temperature: float | Schedule) -> Method:
+    """Return straight-through training on a smoothed staircase.
+
+    Args:
+        quantizer: the grid.
+        temperature: T in grid units (1 is the step of an integer grid), a number or a function of the step such as
+            `schedules.exponential(0.5, 0.005, steps=...)`; 0 rounds to nearest, values above 0.5 count as 0.5.
+
+    Raises:
+        TypeError: `quantizer` is no Quantizer, or `temperature` neither a number nor a function.
+        ValueError: a temperature that is negative or not finite; fp8, whose many unequal steps would be visited one by one.
+    """
+    check_quantizer(quantizer)
+    if not quantizer.format.uniform and len(quantizer.format.values) > MOST:
+        raise ValueError(f"`quantizer` must have equal steps or at most {MOST} levels: got {quantizer}. Use `parq`, which visits two.")
+    return Method(quantizer, "soft", deploy=smoothed, schedules={"temperature": scheduled("temperature", temperature)})
+
+
+def smoothed(weight: Tensor, context: Context) -> Tensor:
+    """Return what the forward pass sees at the step's temperature."""
+    quantizer, fit = context.quantizer, context.fitted(weight)
+    units, format = fit.to_units(weight), quantizer.format
+    temperature = context.scheduled["temperature"].clamp(torch.finfo(torch.float32).tiny, HOTTEST)
+    target = grids.round_nearest(units, format)
+    lift = torch.zeros_like(units)
+    if format.uniform:
+        rest = units - target
+        for step in range(NEAR):
+            for sign in (1, -1):  # a threshold above takes the weight up, one below takes it down
+                exists = target <= format.high - step - 1 if sign > 0 else target >= format.low + step + 1
+                lift.add_(ndtr((sign * rest - (step + 0.5)) / temperature).mul_(exists), alpha=sign)
+    else:
+        for low, high in zip(format.values, format.values[1:], strict=False):
+            threshold = (low + high) / 2
+            risen = ndtr((units - threshold) / temperature).sub_((target >= high).to(units.dtype))
+            lift.add_(risen, alpha=high - low)
+    lift.mul_(context.scheduled["temperature"] > 0)  # without smoothing ties go where rounding takes them, not half way
+    return quantizer.deliver(target.add_(lift), fit)
