@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"methods"}, {"ptq"}, {"theory"}, {"health"}),
     ({"run", "optim", "activations", "testbed"},),
     ({"probes"},),
-    ({"advise"}, {"export"}),
+    ({"advice"}, {"export"}),
     ({"train", "recipes", "integrations"},),
     ({"commands"},),
     ({"cli"},),

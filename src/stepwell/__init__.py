@@ -33,6 +33,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from stepwell import export, methods, probes, ptq, schedules, theory
+    from stepwell.advice.advise import advise
     from stepwell.export.parity import verify
     from stepwell.methods.binary_relax import binary_relax
     from stepwell.methods.cage import cage

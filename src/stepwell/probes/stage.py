@@ -111,8 +111,8 @@ class Stage:
             for parameter, wanted in zip(self._parameters.values(), asked, strict=True):
                 parameter.requires_grad_(wanted)
 
-    def settled(self) -> float:
-        """Return the loss where the weights are now, with BatchNorm statistics re-estimated on the data of `loss` for them.
+    def settled(self, on: Loss | None = None) -> float:
+        """Return the loss where the weights are now, with BatchNorm statistics re-estimated for them on its data, or on another loss's.
 
         That is what a deployed model would have; slices keep the statistics frozen instead. Without BatchNorm it is `loss()`.
         """
@@ -125,7 +125,7 @@ class Stage:
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain average over all batches of the loss
                 norm.training = True
-            self.loss()
+            self.other(self._loss if on is None else on)
             for norm in norms:
                 norm.training = False
             return self.loss()

@@ -1,0 +1,285 @@
+"""advise: which method is the cheapest that keeps a model's loss within a tolerance on each of several grids.
+
+Rounding and GPTQ are measured, on batches that GPTQ was not calibrated on; what training would reach is forecast from them, because it
+would cost a run to know. A grid is asked for no more than it needs: where rounding is enough, GPTQ is not run.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stepwell.advice.early import FOUR_TERMS_STEP, Early, check_early, early_losses
+from stepwell.advice.forecast import Coefficients, Estimate, Evidence, Tier, packaged
+from stepwell.advice.measure import BatchLoss, Losses, Parts, divide, increase
+from stepwell.advice.reasons import hit_rate, reasons
+from stepwell.advice.verdict import Advice, Verdict, decide, safe
+from stepwell.probes.directions import gaussian_noise, keys
+from stepwell.probes.points import Move, length, toward
+from stepwell.probes.stage import Cost, Stage, check_tolerance, staged
+from stepwell.probes.width import Width, along
+from stepwell.ptq.calibration import holders, uses
+from stepwell.ptq.chosen import Chosen, chosen
+from stepwell.ptq.gptq import gptq
+from stepwell.quantizers import Encoded, Quantizer
+
+Grid = Quantizer | Mapping[str, Quantizer | None]
+
+
+def advise(
+    model: nn.Module,
+    loss: BatchLoss,
+    batches: Iterable[Any],
+    *,
+    quantizers: Sequence[Grid],
+    tolerance: float = 0.1,
+    calibration: Iterable[Any] | None = None,
+    skip: Sequence[str] = (),
+    rate: float = 1e-3,
+    early: Early | None = None,
+    measure: bool = True,
+    seed: int = 0,
+    on_step: Callable[[str], None] | None = None,
+) -> Advice:
+    """Return a verdict per quantizer: RTN is enough, GPTQ is enough, train, not reachable by training, or uncertain.
+
+    The model is left exactly as found. Beside what `ptq.gptq` needs, one copy of the weights is held; an early training run holds two
+    moments and the latent weights as well. BatchNorm statistics are re-estimated for rounded weights on the batches that calibrate, as they
+    should be in deployment; along the early run they stay.
+
+    Args:
+        model: any module, in float.
+        loss: `loss(model, batch)` returns the mean loss of one batch as a tensor with one element, the same for the same weights.
+        batches: data that the model was not trained on, in batches of equal size; several, so that an error can be given. A third of them
+            calibrates GPTQ, the rest measures.
+        quantizers: grids to judge, each as `ptq.rtn` takes it.
+        tolerance: growth of the loss that is acceptable, above 0, in its unit. The forecast was fitted on cross entropies in nats.
+        calibration: other batches for GPTQ, for example training data; then all of `batches` measure.
+        skip: names or patterns of parameters or modules to leave in float.
+        rate: learning rate of the training run that is forecast, of Adam.
+        early: `(train, steps)` runs a tenth of the training and forecasts from that: `train(model, step)` returns the loss on that step's
+            training batch, `steps` is the length of the whole run.
+        measure: False stops at one basin width, which serves all grids: some 30 forward passes, no GPTQ, and wider intervals.
+        seed: of the direction in which the width is measured.
+        on_step: called with a few words whenever something has been done: show progress.
+
+    Returns:
+        The verdicts in the order of `quantizers`; prints as a table.
+
+    Raises:
+        TypeError: something of another kind where a quantizer, batches or a training function belong.
+        ValueError: no quantizers, no batches, a loss that is not scalar, finite or deterministic, batches that never reach a layer (which
+            is named), a tolerance or rate that is not positive, and what `ptq.gptq` refuses. All of it before anything is measured.
+
+    >>> from stepwell.presets import int2, int8
+    >>> model = nn.Linear(16, 4)
+    >>> advice = advise(model, lambda m, x: m(x).square().mean(), torch.randn(6, 32, 16), quantizers=[int8(block=16), int2(block=16)])
+    >>> advice[0].method
+    'RTN'
+    """
+    check_tolerance(tolerance)
+    check_early(early, rate)
+    if early is not None and not measure:
+        raise ValueError(
+            f"`early` must not be given with measure=False: got {early!r}. An early run is a measurement; leave one of them out."
+        )
+    plans = _plans(model, quantizers, skip)
+    parts = divide(batches, calibration)
+    every = {row.name: row.parameter for plan in plans for row in plan.rows}
+    losses, coefficients = Losses(loss, parts.measuring), packaged()
+    asked = _Asked(tolerance, float(rate), early, measure, seed, tuple(skip), on_step or (lambda words: None))
+    with staged(model, losses, every) as stage:
+        base, rounded_only = list(losses.last), _check_reach(model, loss, parts, every)
+        asked.on_step("loss of the float model")
+        work = _Work(model, stage, losses, base, Losses(loss, parts.calibrating), loss, parts, rounded_only, coefficients, {})
+        shared = stage.cost + Cost(1)  # the check of reach is one pass over all data
+        verdicts = [_verdict(work, asked, plan) for plan in plans]
+        widths = sum((width.cost for width in work.widths.values()), Cost(0))
+    notes = [parts.note, hit_rate(coefficients.score(_tier(asked), tolerance), tolerance)]
+    if measure and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        notes.insert(1, "BatchNorm statistics of rounded weights are re-estimated on the calibrating batches; do so in deployment.")
+    return Advice(verdicts, shared=shared + widths, notes=notes)
+
+
+class _Plan(NamedTuple):
+    """One grid: what it is called, as it was given, and the weights that it takes."""
+
+    label: str
+    quantizer: Grid
+    rows: list[Chosen]
+
+
+class _Asked(NamedTuple):
+    """The options of a call."""
+
+    tolerance: float
+    rate: float
+    early: Early | None
+    measure: bool
+    seed: int
+    skip: tuple[str, ...]
+    on_step: Callable[[str], None]
+
+
+class _Work(NamedTuple):
+    """What all grids share: the model on its stage, the loss of every measuring batch before, the widths that were measured so far.
+
+    `losses` are those of the measuring batches, `settling` of the calibrating ones; `rounded_only` are weights that GPTQ cannot calibrate.
+    """
+
+    model: nn.Module
+    stage: Stage
+    losses: Losses
+    base: list[float]
+    settling: Losses
+    loss: BatchLoss
+    parts: Parts
+    rounded_only: frozenset[str]
+    coefficients: Coefficients
+    widths: dict[frozenset[str], Width]
+
+
+def _plans(model: nn.Module, quantizers: Sequence[Grid], skip: Sequence[str]) -> list[_Plan]:
+    """Return the grids with the weights they take, or refuse them."""
+    if isinstance(quantizers, Quantizer | Mapping) or not isinstance(quantizers, Iterable):
+        raise TypeError(f"`quantizers` must be a list of quantizers: got a {type(quantizers).__name__}. Write quantizers=[int4()].")
+    given = list(quantizers)
+    if not given:
+        raise ValueError("`quantizers` must hold at least one grid: got none. Write quantizers=[int4(), int3()].")
+    found = []
+    for quantizer in given:
+        rows = chosen(model, quantizer, skip=skip)
+        grids = quantizer.values() if isinstance(quantizer, Mapping) else [quantizer]
+        label = " + ".join(dict.fromkeys(str(grid) for grid in grids if grid is not None))
+        found.append(_Plan(label, quantizer, rows))
+    return found
+
+
+def _check_reach(model: nn.Module, loss: BatchLoss, parts: Parts, every: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Raise if some batches never reach a layer or have no loss; return the weights that GPTQ cannot calibrate (inside an attention)."""
+    known: dict[str, list[nn.Module]] = {}
+    for name, parameter in every.items():
+        with suppress(ValueError):
+            known |= holders(model, {name: parameter})
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        value = loss(model, batch)
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"`loss` must be finite on every batch: got {value.item()} on one that calibrates. Is it empty?")
+
+    with torch.no_grad():
+        for batches in [parts.measuring] if parts.calibrating is parts.measuring else [parts.calibrating, parts.measuring]:
+            uses(model, known, batches, forward)
+    return frozenset(every) - frozenset(known)
+
+
+def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
+    """Judge one grid."""
+    before, known = work.stage.cost, set(work.widths)
+    evidence, d20, calibrating = _evidence(work, asked, plan)
+    estimates = work.coefficients.estimates(evidence)
+    method, deciding = decide(estimates, asked.tolerance)
+    shared = sum((width.cost.forward for names, width in work.widths.items() if names not in known), 0)
+    after = work.stage.cost
+    said = reasons(
+        estimates,
+        evidence,
+        asked.tolerance,
+        work.coefficients,
+        d20=d20,
+        rounded_only=work.rounded_only.intersection(row.name for row in plan.rows),
+        weights=sum(row.parameter.numel() for row in plan.rows),
+    )
+    return Verdict(
+        method=method,
+        predicted=deciding.increase,
+        low=deciding.low,
+        high=deciding.high,
+        reasons=tuple(said),
+        cost=Cost(after.forward - before.forward - shared + calibrating, after.backward - before.backward),
+        grid=plan.label,
+        tolerance=asked.tolerance,
+        rho=evidence.rho * math.sqrt(work.coefficients.tolerance / asked.tolerance),
+        estimates=estimates,
+        safe=safe(estimates, asked.tolerance),
+        hit_rate=work.coefficients.score(_tier(asked), asked.tolerance).hits,
+    )
+
+
+def _evidence(work: _Work, asked: _Asked, plan: _Plan) -> tuple[Evidence, float | None, int]:
+    """Return what is found out about one grid, the increase after 20 training steps, and how many passes calibrated."""
+    work.stage.put(lambda name, base: base)
+    encoded = {row.name: row.quantizer.encode(row.parameter) for row in plan.rows}
+    evidence, d20, passes = Evidence(_rho(work, asked, encoded), asked.rate), None, 0
+    if not asked.measure:
+        return evidence, d20, passes
+    work.stage.put(_deploy(encoded))
+    rtn = increase(work.stage, work.losses, work.base, "RTN", settle=work.settling)
+    asked.on_step(f"{plan.label}: RTN")
+    evidence = evidence._replace(rtn=rtn)
+    if rtn.high <= asked.tolerance:
+        return evidence, d20, passes
+    gptq, passes = _gptq(work, asked, plan, encoded)
+    evidence = evidence._replace(gptq=gptq)
+    if asked.early is None or gptq.high <= asked.tolerance:
+        return evidence, d20, passes
+    train, steps = asked.early
+
+    def look() -> float:
+        return increase(work.stage, work.losses, work.base, "train").increase
+
+    found = early_losses(work.stage, train, encoded, look, steps=steps, lr=asked.rate)
+    asked.on_step(f"{plan.label}: early training")
+    return evidence._replace(early=found[max(found)]), found.get(FOUR_TERMS_STEP), passes
+
+
+def _rho(work: _Work, asked: _Asked, encoded: Mapping[str, Encoded]) -> float:
+    """Return rho_fn as `probes.rho_fn` defines it; the width is measured once for all grids on the same weights."""
+    stage, names = work.stage, frozenset(encoded)
+    if names not in work.widths:
+        noise = gaussian_noise(dict(encoded), keys(asked.seed, 1)[0])
+        work.widths[names] = along(stage, _within(names, noise), work.coefficients.tolerance)
+        asked.on_step("width of the basin")
+    return length(toward(dict(encoded)), {name: stage.base[name] for name in encoded}) / work.widths[names].radius
+
+
+def _gptq(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded]) -> tuple[Estimate, int]:
+    """Return what GPTQ leaves and the passes that calibrated it; weights that it cannot calibrate are rounded to nearest first."""
+    nearest = {name: one for name, one in encoded.items() if name in work.rounded_only}
+    work.stage.put(_deploy(nearest))
+    calls, count = 0, len(encoded) - len(nearest)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return work.loss(model, batch)
+
+    def done(name: str, _: Encoded) -> None:
+        asked.on_step(f"{plan.label}: GPTQ, {name}")
+
+    if count:
+        skip = [*asked.skip, *nearest]
+        gptq(work.model, plan.quantizer, work.parts.calibrating, skip=skip, forward=forward, on_layer=done)
+    found = increase(work.stage, work.losses, work.base, "GPTQ", settle=work.settling)
+    return found, math.ceil(calls / len(work.parts.calibrating))
+
+
+def _deploy(encoded: Mapping[str, Encoded]) -> Move:
+    """Return the point at which these weights are rounded and all others are the model's."""
+    return lambda name, base: encoded[name].decode().to(base) if name in encoded else base
+
+
+def _within(names: Collection[str], move: Move) -> Move:
+    """Return a displacement of these weights alone."""
+    return lambda name, base: move(name, base) if name in names else torch.zeros_like(base)
+
+
+def _tier(asked: _Asked) -> Tier:
+    """Return what the verdicts are made from."""
+    if not asked.measure:
+        return "width"
+    return "early" if asked.early is not None else "probes"
