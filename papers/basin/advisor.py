@@ -31,7 +31,7 @@ from stepwell.advice.verdict import decide
 PACKAGED = Path(__file__).parents[2] / "src" / "stepwell" / "advice" / "coefficients.json"
 TOLERANCES = (ASKED, REFERENCE, 0.3)
 TIERS: tuple[Tier, ...] = ("width", "probes", "early")
-DEFAULT_RATE = 1e-3
+DEFAULT_RATE, FEWEST = 1e-3, 3
 CONFUSION = ("split", "tier", "tolerance", "advised", "cheapest", "count")
 SPLITS = ("network", "architecture")  # what is left out of the fit
 
@@ -52,7 +52,9 @@ class Case(NamedTuple):
 
 def main() -> None:
     runs = parsed(read("runs.csv"))
-    if not runs:
+    names = {run.network for run in runs}
+    if len(names) < FEWEST:
+        print(f"skipped: results/runs.csv holds {len(names)} networks, and leaving one out takes {FEWEST}")
         return
     cases = [case for split in SPLITS for case in judged(runs, split)]
     scores = [scored(group) for group in groups(cases)]

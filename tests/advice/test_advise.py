@@ -316,6 +316,24 @@ def test_a_loss_that_explodes_on_the_grid_rules_rounding_out():
     assert math.isfinite(verdict.estimates[2].increase)
 
 
+class Idle(nn.Module):
+    """Its second layer sees zeros only, so that its Hessian is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.idle = nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.live(x) + self.idle(0 * x)
+
+
+def test_a_layer_without_input_is_reported_and_does_not_stop_it():
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"Hessian of 'idle\.weight' is zero"):
+        verdict = advise(Idle(), entropy, pixels(), quantizers=GRIDS[2:], tolerance=1e-9)[0]
+    assert math.isfinite(verdict.estimates[1].increase)
+
+
 def test_prints_as_a_table_and_a_line(net):
     advice = advise(net, entropy, pixels(), quantizers=GRIDS, early=(train, 100))
     assert isinstance(advice, Advice)
