@@ -1,0 +1,84 @@
+"""Figure: what rounding costs, and what is left of it after each method, per architecture, scheme and bits.
+
+Held-out increase over the float network, mean over the two networks of an architecture; QAT and the float control at learning rate 1e-3.
+Table: median share of the RTN increase that each method removes where RTN fails, and how often it ends within the tolerance.
+Writes results/increases.svg, increases.csv (every mean) and increases_removed.csv. Skipped where results/runs.csv is not there.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from evidence import ARCHITECTURES, GROUPS, SCHEMES, TOLERANCE, Row, failed, interval, median_removed, of_group, runs, wilson
+from shared import BLUE, BROWN, GREEN, GREY, RED, save, write
+
+METHODS = {
+    "rtn": ("RTN", GREY),
+    "search": ("scale search", BROWN),
+    "gptq": ("GPTQ", RED),
+    "lotion": ("LOTION", GREEN),
+    "qat": ("QAT", BLUE),
+    "control": ("float training, then RTN", "black"),
+}
+BITS = (8, 4, 3, 2)
+
+
+def main() -> None:
+    rows = runs()
+    if not rows:
+        return
+    means = []
+    architectures = [name for name in ARCHITECTURES if of_group(rows, name)]
+    figure, axes = plt.subplots(len(SCHEMES), len(architectures), figsize=(2.7 * len(architectures), 7), sharex=True, squeeze=False)
+    for line, scheme in zip(axes, SCHEMES, strict=True):
+        for axis, architecture in zip(line, architectures, strict=True):
+            mine = [row for row in rows if row["scheme"] == scheme and row["architecture"] == architecture]
+            means += panel(axis, mine, scheme, architecture)
+            axis.set(yscale="symlog", xticks=range(len(BITS)), xticklabels=BITS)
+            axis.set_yscale("symlog", linthresh=0.01)
+            axis.axhline(TOLERANCE, color=GREY, linewidth=0.7, linestyle=":")
+        line[0].set_ylabel(f"{scheme}\nheld-out increase, nat")
+    for axis, architecture in zip(axes[0], architectures, strict=True):
+        axis.set_title(architecture)
+    for axis in axes[-1]:
+        axis.set_xlabel("bits")
+    axes[0, 0].legend(frameon=False, fontsize=7)
+    save(figure, "increases.svg")
+    columns = [column for method in METHODS for column in (method, f"{method}_heldout", f"{method}_heldout_spread")]
+    write("increases.csv", ("architecture", "scheme", "bits", "networks", *columns), means)
+    write_removed(rows)
+
+
+def panel(axis: plt.Axes, rows: list[Row], scheme: str, architecture: str) -> list[tuple[object, ...]]:
+    """Draw one architecture and scheme; return the means, and half the distance between the networks."""
+    table: list[tuple[object, ...]] = []
+    bits = [b for b in BITS if any(row["bits"] == b for row in rows)]
+    for b in bits:
+        mine = [row for row in rows if row["bits"] == b]
+        values = [(np.mean([row[m] for row in mine]), [row[f"{m}_heldout"] for row in mine]) for m in METHODS]
+        table.append((architecture, scheme, b, len(mine), *(x for v, h in values for x in (v, np.mean(h), np.ptp(h) / 2))))
+    for k, (label, colour) in enumerate(METHODS.values()):
+        places = [BITS.index(row[2]) for row in table]  # type: ignore[arg-type]
+        axis.plot(places, [row[5 + 3 * k] for row in table], color=colour, marker="o", markersize=3, linewidth=1, label=label)
+    return table
+
+
+def write_removed(rows: list[Row]) -> None:
+    """Write, per group and method, the median share removed among RTN failures, with an interval over networks, and recoveries."""
+    table = []
+    for group in GROUPS:
+        failures = failed(of_group(rows, group))
+        for method, (label, _) in METHODS.items():
+            if method == "rtn" or not failures:
+                continue
+            within = sum(row[method] <= TOLERANCE for row in failures)
+            worse = sum(row[method] > row["rtn"] for row in failures)
+            share = interval(failures, median_removed(method))
+            table.append((group, label, len(failures), *share, within, *wilson(within, len(failures)), worse))
+            print(
+                f"{group}, {label}: removes {share[0]:.2f} ({share[1]:.2f} to {share[2]:.2f}), within tolerance {within} of {len(failures)}"
+            )
+    header = ("group", "method", "rtn_failures", "removed_median", "low", "high", "within", "within_low", "within_high", "worse_than_rtn")
+    write("increases_removed.csv", header, table)
+
+
+if __name__ == "__main__":
+    main()
