@@ -23,7 +23,6 @@ from stepwell.ptq.calibration import holders, run_batch, second_moment, uses
 from stepwell.quantizers import Encoded, Quantizer
 
 TOLERANCE = 0.1  # nats
-DRAWS = 3  # of uniform noise
 EARLY = {"d20": 20, "d5": 12, "d10": 24}  # steps: 20, and 5 % and 10 % of 240
 MIDDLE_RATE = 1e-3  # at which a run is looked into
 LOTION = {"frozen": (10.0, 3e-3), "refitted": (1.0, 1e-2)}  # scales -> strength and rate, chosen on digits networks of other seeds
@@ -85,7 +84,7 @@ def calibrated(grid: Grid) -> dict[str, Encoded]:
     return sw.ptq.gptq(holding(grid.model, {}), grid.quantizer, grid.subject.inputs(), skip=grid.subject.skip)
 
 
-def ratios(grid: Grid, widths: Sequence[Width], coarse: Width, points: Mapping[str, Weights]) -> Row:
+def ratios(grid: Grid, widths: Sequence[Width], coarse: Width, points: Mapping[str, Weights], *, draws: int) -> Row:
     """Return D2 and D3, and the losses of rounded weights along the way.
 
     Args:
@@ -93,9 +92,10 @@ def ratios(grid: Grid, widths: Sequence[Width], coarse: Width, points: Mapping[s
         widths: of random directions, which serve every grid.
         coarse: of the way to the weights rounded to 3 bits in the same scheme.
         points: name -> rounded weights.
+        draws: of uniform noise.
     """
     loss, toward = grid.subject.on("validation"), grid.centre
-    uniform = sw.probes.rho_uniform(grid.model, loss, toward=toward, tolerance=TOLERANCE, draws=DRAWS)
+    uniform = sw.probes.rho_uniform(grid.model, loss, toward=toward, tolerance=TOLERANCE, draws=draws)
     second = sw.probes.quadratic(grid.model, loss, toward=toward)
     given = [sw.probes.rho_fn(grid.model, loss, toward=toward, tolerance=TOLERANCE, width=width).value for width in widths]
     return {
@@ -258,15 +258,21 @@ def _lotion(grid: Grid, start: Base, data: Sequence[Any], method: Method, rate: 
     return final(grid, found, start), along_the_way(grid, latent) - float(start.validation.mean())
 
 
-def control(grid: Grid, start: Base, floats: dict[str, Tensor], rate: float, steps: int) -> Row:
+class Floated(NamedTuple):
+    """Weights after float training with the budget of QAT, and what they cost before they are rounded."""
+
+    weights: dict[str, Tensor]
+    gain: Gain
+
+
+def control(grid: Grid, start: Base, floated: Floated, rate: float, steps: int) -> Row:
     """Return D8: float weights trained as long, rounded with the frozen scales and with refitted ones."""
-    rounded, again = final(grid, on_grid(floats, grid.centre), start), final(grid, refitted(floats, grid.centre), start)
-    trained = final(grid, floats, start)
+    rounded, again = (final(grid, weigh(floated.weights, grid.centre), start) for weigh in (on_grid, refitted))
     return {
         "rate": rate,
         "steps": steps,
-        "trained": trained.value,
-        "trained_heldout": trained.held_out,
+        "trained": floated.gain.value,
+        "trained_heldout": floated.gain.held_out,
         "control": rounded.value,
         "control_heldout": rounded.held_out,
         "refitted": again.value,

@@ -7,8 +7,9 @@ row per network, scheme, bits and learning rate), and by network, scheme and bit
 neighbours.csv (D5), latents.csv (D7), controls.csv (D8), lotion.csv; networks.csv describes the float networks. About half an hour of one
 core. The networks on CIFAR-10 are left out, with a message, where STEPWELL_DATA does not name the folder that contains cifar10/.
 
-Left out to keep it at that: other learning rates than 1e-3 at 8 bits; D5 at 8 bits, and for the large networks at 4 bits and beyond 12
-rounds of the search; scales per block of 64, which for the language model are those per channel in nine of twelve matrices.
+Left out to keep it at that: other learning rates than 1e-3 at 8 bits; D5 at 8 bits; for the language models and those on CIFAR-10 also D1,
+D5 and LOTION at 8 and 4 bits, the search over flips beyond 12 rounds, a third draw of rho_uniform; scales per block of 64, which for the
+language model are those per channel in nine of twelve matrices.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from measures import (
     MIDDLE_RATE,
     TOLERANCE,
     Base,
+    Floated,
     base,
     calibrated,
     control,
@@ -39,7 +41,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from subjects import NAMES, Subject, subject
 from tables import Row, has, replace
-from torch import Tensor
 from training import train
 
 import stepwell as sw
@@ -54,7 +55,9 @@ BITS, STEPS = (8, 4, 3, 2), 240
 RATES = (3e-4, 1e-3, 4e-3)
 WIDTHS = 8  # random directions for rho_fn, once per network: those of narrow deep networks differ by a factor of three
 COARSE = 3  # bits of the direction of rho_cross
-ROUNDS, FEWER_ROUNDS, LARGE = 40, 12, 20_000  # of the search over flips; fewer for networks with more weights than this
+LARGE = 20_000  # weights, from which less is measured
+ROUNDS, FEWER_ROUNDS = 40, 12  # of the search over flips
+DRAWS, FEWER_DRAWS = 3, 2  # of uniform noise for rho_uniform
 
 
 class Network:
@@ -64,18 +67,24 @@ class Network:
         self.subject: Subject = subject(name)
         self.model = self.subject.model()
         self.data: list[Any] = self.subject.later(STEPS)
-        some = grid_of(self.subject, self.model, sw.int4(block=None))
+        self.some = some = grid_of(self.subject, self.model, sw.int4(block=None))
         self.names, self.weights = list(some.centre), sum(one.codes.numel() for one in some.centre.values())
         self.start: Base = base(some)
         found = sw.probes.rho_fn(self.model, self.subject.on("validation"), toward=some.centre, tolerance=TOLERANCE, draws=WIDTHS)
         self.widths: tuple[Width, ...] = found.widths
-        self._floats: dict[float, dict[str, Tensor]] = {}
+        self._floats: dict[float, Floated] = {}
         self._coarse: dict[str, Width] = {}
 
-    def floats(self, rate: float) -> dict[str, Tensor]:
+    @property
+    def large(self) -> bool:
+        """Whether time forbids measuring everything on every grid."""
+        return self.weights > LARGE
+
+    def floats(self, rate: float) -> Floated:
         """Return the weights after float training with the budget of QAT; the same for every grid."""
         if rate not in self._floats:
-            self._floats[rate] = train(self.subject, self.model, self.names, None, self.data, rate=rate)
+            weights = train(self.subject, self.model, self.names, None, self.data, rate=rate)
+            self._floats[rate] = Floated(weights, final(self.some, weights, self.start))
         return self._floats[rate]
 
     def coarse(self, scheme: str) -> Width:
@@ -105,7 +114,7 @@ def configuration(network: Network, scheme: str, bits: int) -> dict[str, list[Ro
     start, data = network.start, network.data
     points = {"rtn": grid.centre, "search": searched(grid), "gptq": calibrated(grid)}
     rounded = {name: final(grid, weights, start) for name, weights in points.items()}
-    probes = ratios(grid, network.widths, network.coarse(scheme), points)
+    probes = ratios(grid, network.widths, network.coarse(scheme), points, draws=FEWER_DRAWS if network.large else DRAWS)
     shared: Row = {
         "weights": network.weights,
         "loss": float(start.validation.mean()),
@@ -128,12 +137,12 @@ def configuration(network: Network, scheme: str, bits: int) -> dict[str, list[Ro
         tables["runs.csv"].append(shared | trained.row | {name: floated[name] for name in ("control", "control_heldout")})
         if rate == MIDDLE_RATE:
             tables["inward.csv"], tables["latents.csv"] = trained.inward, [latents(grid, trained)]
-            lines = {name: points[name] for name in ("rtn", "gptq")} | {"qat": trained.found}
-            tables["profiles.csv"] = profiles(grid, lines, trained.found)
-            tables["lotion.csv"] = lotion(grid, start, data, trained.row)
-    large = network.weights > LARGE
-    if bits <= (COARSE if large else 4):
-        tables["neighbours.csv"] = near(grid, start, data, rounds=FEWER_ROUNDS if large else ROUNDS)
+            if bits <= 3 or not network.large:
+                lines = {name: points[name] for name in ("rtn", "gptq")} | {"qat": trained.found}
+                tables["profiles.csv"] = profiles(grid, lines, trained.found)
+                tables["lotion.csv"] = lotion(grid, start, data, trained.row)
+    if bits <= (3 if network.large else 4):
+        tables["neighbours.csv"] = near(grid, start, data, rounds=FEWER_ROUNDS if network.large else ROUNDS)
     return tables
 
 

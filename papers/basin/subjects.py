@@ -228,7 +228,7 @@ def _cifar_subject(number: int) -> Subject:
         lambda: cifar_cnn((16, 32, 64), seed=seed),
         (),
         CIFAR,
-        {"calibration": _first(data.train, 1000), "validation": _first(data.validation, 768), "test": _first(data.test, 2000)},
+        {"calibration": _first(data.train, 1000), "validation": _first(data.validation, 512), "test": _first(data.test, 1500)},
         _image_losses,
         image_loss,
         lambda steps, size, seed: image_batches(data.train, size, steps=steps, seed=seed),
