@@ -11,6 +11,7 @@ valuable choice).
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,6 +35,20 @@ class Rows(NamedTuple):
     fit: Fit
     factor: Tensor
     through_scale: bool
+
+
+@dataclass(frozen=True)
+class Push:
+    """What LOTION adds to the gradient of `(blocks, block)` rows; a record, so that a kernel can do the same in one pass."""
+
+    strength: float
+    through_scale: bool
+
+    def __call__(self, weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+        """Return the penalty's gradient; held scales do not move."""
+        factor = context.loss_terms * self.strength
+        moves = self.through_scale and context.fit is None
+        return penalty_force(weight, curvature, Rows(context.quantizer, context.fitted(weight), factor, moves))
 
 
 def lotion(
@@ -71,18 +86,12 @@ def lotion(
     if curvature is not None and not isinstance(curvature, Mapping) and not callable(curvature):
         raise TypeError(f"`curvature` must be a mapping or a function from parameter name to a tensor: got {type(curvature).__name__}.")
 
-    def push(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
-        factor = context.loss_terms * strength
-        return penalty_force(
-            weight, curvature, Rows(context.quantizer, context.fitted(weight), factor, through_scale and context.fit is None)
-        )
-
     nearest_forward = forward == "nearest"
     return Method(
         quantizer,
         "ste + lotion" if nearest_forward else "lotion",
         deploy=round_nearest if nearest_forward else None,
-        push=push,
+        push=Push(strength, through_scale),
         curvature=curvature,
         loss_terms=loss_terms,
     )
@@ -168,7 +177,7 @@ def _even_cells(units: Tensor, format: Format, zero: Tensor | None) -> tuple[Ten
     """
     units.clamp_(format.low, format.high)
     code = (units + format.shift).round_().sub_(format.shift) if format.shift else units.round()
-    rest = hardshrink(units - code, _tolerance(units, format))  # on the grid to rounding error is on the grid: no force at all
+    rest = hardshrink(units - code, tolerance(units.dtype, format))  # on the grid to rounding error is on the grid: no force at all
     slope = rest.sign().sub_(rest, alpha=2)
     return slope, rest.abs_().addcmul_(code if zero is None else code.sub_(zero), slope, value=-1)
 
@@ -176,14 +185,19 @@ def _even_cells(units: Tensor, format: Format, zero: Tensor | None) -> tuple[Ten
 def _cells(units: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Return the same for the cells of a float grid, whose widths differ."""
     lower, inside, upper, _ = grids.bracket(units, format)
-    free = torch.minimum(inside - lower, upper - inside) > _tolerance(units, format)
+    free = torch.minimum(inside - lower, upper - inside) > tolerance(units.dtype, format)
     slope = (lower + upper - 2 * inside) * free
     return slope, (2 * (inside - lower)).mul_(upper - inside).mul_(free).addcmul_(inside, slope, value=-1)
 
 
-def _tolerance(units: Tensor, format: Format) -> float:
+def tolerance(dtype: torch.dtype, format: Format) -> float:
     """Return how far from a grid value rounding errors may put a weight that lies on it, in units of the scale."""
-    return float(4 * torch.finfo(units.dtype).eps * max(-format.low, format.high))
+    return float(4 * torch.finfo(dtype).eps * max(-format.low, format.high))
+
+
+def border(dtype: torch.dtype, format: Format) -> float:
+    """Return from where on a weight sits on the edge of the grid, to rounding error, in units of the scale."""
+    return float(format.edge * (1 - 8 * torch.finfo(dtype).eps))
 
 
 def _to_edge(force: Tensor, units: Tensor, quantizer: Quantizer, total: Tensor) -> Tensor:
@@ -192,7 +206,7 @@ def _to_edge(force: Tensor, units: Tensor, quantizer: Quantizer, total: Tensor) 
     Four elementwise passes instead of one argmax, which costs three times as much; weights that tie to rounding error share equally, as in
     autograd.
     """
-    mark = hardshrink(units, quantizer.format.edge * (1 - 8 * torch.finfo(units.dtype).eps))
+    mark = hardshrink(units, border(units.dtype, quantizer.format))
     return force.addcmul_(mark, total / (mark * mark).sum(1, keepdim=True).clamp_(min=0.5))  # a block of zeros has nobody on the edge
 
 

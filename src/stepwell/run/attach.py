@@ -73,11 +73,10 @@ class Run:
         elements = sum(one.parameter.numel() for one in self._managed)
         extra = sum(one.latent.numel() * one.latent.element_size() for one in self._managed if one.latent is not None)
         names = ", ".join(dict.fromkeys(f"{one.method.name} on {one.quantizer}" for one in self._managed))
-        path = "compiled" if self._stepper.compiled else "eager"
         live = "" if self._handles else ", detached"
         push = "" if not any(one.method.push for one in self._managed) else f", penalty {self._stepper.penalty}"
         return (
-            f"Run({names}: {len(self._managed)} parameters, {elements:,} elements; step {self.steps}; {path} path; "
+            f"Run({names}: {len(self._managed)} parameters, {elements:,} elements; step {self.steps}; {self._stepper.path} path; "
             f"{extra / 1e6:.1f} MB of latent weights{push}{live})"
         )
 
@@ -327,7 +326,8 @@ def attach(
         start: optimizer steps before the method begins; until then training is plain.
         seed: of every random draw; a draw depends on it, the step, the parameter's name and the element's place.
         refit: steps between two searches of scales whose rule is a search; absmax scales are refitted at each step.
-        compile: True runs the passes through `torch.compile`; None does so only where a compiler is found and the model is large.
+        compile: True runs the passes around a step through `torch.compile`, False eagerly. None takes numba's kernels from a million
+            weights on a CPU (they compile once per machine, in seconds), `torch.compile` from sixteen million where a compiler is found.
 
     Returns:
         The `Run`. `optimizer.state_dict()` then carries everything that resumes it: build, attach, load, in this order.

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stepwell import randomness
 from stepwell.methods.base import Context
-from stepwell.run import moments, passes
+from stepwell.run import fused, moments, passes
 from stepwell.run.managed import Managed, local, wide
 from stepwell.run.phases import Phase
 from stepwell.schedules import value_at
@@ -45,8 +45,9 @@ class Stepper:
         self.steps: dict[Optimizer, int] = dict.fromkeys(optimizers, 0)
         self._phases = {optimizer: Phase() for optimizer in optimizers}
         self._active: dict[Optimizer, list[Opened]] = {}
-        device = managed[0].weight.device
-        self.compiled = passes.compile_pays(sum(one.weight.numel() for one in managed), device) if compiled is None else compiled
+        device, elements = managed[0].weight.device, sum(one.weight.numel() for one in managed)
+        self._each = fused.run if compiled is None and fused.pays(managed) else passes.piecewise
+        self.compiled = passes.compile_pays(elements, device) and self._each is passes.piecewise if compiled is None else compiled
         self._insist = compiled is True
         self._whole = passes.whole({})
 
@@ -131,6 +132,11 @@ class Stepper:
         if not torch.equal(one.rounded().to(weight), weight):  # weights that lie on the scales held for them keep these scales
             one.refit(one.source)
         self.show(one)
+
+    @property
+    def path(self) -> str:
+        """How the passes around a step run."""
+        return "compiled" if self.compiled else "eager" if self._each is passes.piecewise else "numba"
 
     @property
     def penalty(self) -> str:
@@ -316,7 +322,7 @@ class Stepper:
                     raise
                 self.compiled = False
                 warnings.warn(f"torch.compile failed ({type(error).__name__}: {error}); the run goes on with the eager path.", stacklevel=2)
-        passes.piecewise(work, one, context, tensors, *scalars)
+        self._each(work, one, context, tensors, *scalars)
 
 
 def _scalar(value: float | Tensor, weight: Tensor) -> Tensor:

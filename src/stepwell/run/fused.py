@@ -1,0 +1,115 @@
+"""Fused passes: on a CPU the common case goes through one-pass kernels, where numba is installed; the eager passes serve the rest.
+
+An eager pass calls torch some thirty times per piece of a weight; a kernel reads and writes each weight once, and allocates nothing. The
+common case is float32 weights in contiguous memory on a symmetric integer grid with absmax scales in float32.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepwell.methods.base import Context
+from stepwell.methods.lotion import Push, border, tolerance
+from stepwell.run import passes
+from stepwell.run.managed import Managed
+
+PAYS = 1 << 20  # managed elements from which kernels are worth some seconds of compilation, once per machine: numba keeps them on disk
+LONGEST = 1 << 14  # elements of a block whose forces stay in the cache between two loops
+SHARE = 1 << 16  # elements that a thread of its own is worth
+
+Kernel = Callable[..., None]
+
+
+def pays(managed: Sequence[Managed]) -> bool:
+    """Say whether the automatic path uses kernels: they serve enough elements, a compiler would not serve more, and numba is installed."""
+    served = sum(one.weight.numel() for one in managed if serves(one))
+    rest = sum(one.weight.numel() for one in managed) - served
+    return served >= PAYS and rest < passes.PAYS and kernels() is not None
+
+
+def serves(one: Managed) -> bool:
+    """Whether kernels can do all that a parameter's method does in every step."""
+    method, grid = one.method, one.grid
+    return (
+        (method.gradient, method.prox, method.init) == (None, None, None)
+        and (method.push is None or isinstance(method.push, Push))
+        and (method.deploy is None or method.deploys_nearest)
+        and (grid.format.levels, grid.rule, grid.scale_dtype, grid.compute) == ("symmetric", "absmax", "fp32", None)
+        and one.weight.dtype == torch.float32
+        and one.weight.is_cpu
+    )
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """Return the compiled kernels; None where numba is absent, or has no folder to keep them in."""
+    try:
+        from stepwell.run import kernels
+    except (ImportError, RuntimeError):
+        return None
+    return kernels
+
+
+def run(work: passes.Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+    """Run a pass by its kernel where it has one for these tensors, else over cache-sized groups of rows."""
+    arrays = _arrays(managed, tensors) if work in (passes.push, passes.deploy) and context.fit is None and serves(managed) else None
+    if arrays is None:
+        passes.piecewise(work, managed, context, tensors, *scalars)
+        return
+    format, compiled = managed.grid.format, kernels()
+    assert compiled is not None
+    if work is passes.deploy:
+        _split(compiled.deploy, arrays, np.float32(format.edge))
+        written = tensors
+    else:
+        push = managed.method.push
+        assert isinstance(push, Push)
+        grid = (format.edge, border(torch.float32, format), tolerance(torch.float32, format))
+        numbers = [float(scalar) for scalar in (*scalars, context.loss_terms)]
+        numbers[-1] *= push.strength / 2
+        _split(compiled.push, arrays, *(np.float32(number) for number in (*numbers, *grid)), push.through_scale)
+        written = tensors[1:2]
+    for tensor in written:
+        torch.autograd.graph.increment_version(tensor)  # numpy writes behind autograd's back
+
+
+def _arrays(managed: Managed, tensors: list[Tensor]) -> list[Any] | None:
+    """Return `(blocks, block)` arrays on the tensors' own memory; None where a kernel cannot work on it."""
+    blocks = [managed.blocks(tensor) for tensor in tensors]
+    plain = all(
+        type(rows) is Tensor
+        and rows.dtype == torch.float32
+        and rows.is_cpu
+        and rows.is_contiguous()
+        and rows.data_ptr() == tensor.data_ptr()
+        for rows, tensor in zip(blocks, tensors, strict=True)
+    )
+    return [rows.numpy() for rows in blocks] if plain and blocks[0].shape[1] <= LONGEST else None
+
+
+def _split(kernel: Kernel, arrays: list[Any], *numbers: Any) -> None:
+    """Run a kernel on as many threads as torch uses; blocks do not know of each other, so that the cut leaves no trace."""
+    rows, length = arrays[0].shape
+    threads = min(torch.get_num_threads(), rows * length // SHARE)
+    if threads < 2:
+        kernel(*arrays, *numbers)
+        return
+    cuts = [rows * k // threads for k in range(threads + 1)]
+    parts = [[array[start:stop] for array in arrays] for start, stop in pairwise(cuts)]
+    for done in [_threads(os.getpid(), threads).submit(kernel, *part, *numbers) for part in parts]:
+        done.result()
+
+
+@cache
+def _threads(process: int, count: int) -> ThreadPoolExecutor:
+    """Return a pool of threads; a forked process, which inherits none, makes its own."""
+    del process
+    return ThreadPoolExecutor(count, thread_name_prefix="stepwell")
