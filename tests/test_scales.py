@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cases import WEIGHT_FORMATS, gaussian, seeded
 
-from stepwell import scales
+from stepwell import quantizers, scales
 from stepwell.formats import E8M0, FP4_E2M1, FP8_E4M3, integer
 from stepwell.presets import intn
 from stepwell.quantizers import Quantizer
@@ -172,3 +172,27 @@ def test_the_mse_rule_finds_the_best_of_its_shrink_factors():
 def test_options_that_do_not_exist_or_do_not_go_together_are_refused_by_value(options, said):
     with pytest.raises(ValueError, match=said):
         Quantizer(**{"format": integer(4), **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"levels": "affine"}, {"levels": "full", "scale_dtype": "fp16"}], ids=str)
+@pytest.mark.parametrize("block", [32, "channel"])
+def test_searched_scales_do_not_depend_on_how_many_are_searched_together(block, options, monkeypatch):
+    weight, q = gaussian(96, 64, seed=5), intn(3, block=block, scale="mse", **options)
+    together = q.encode(weight)
+    monkeypatch.setattr(quantizers, "SEARCHED", 7 * 64)  # seven rows at a time, the last group shorter
+    apart = q.encode(weight)
+    assert torch.equal(together.scales, apart.scales)
+    assert torch.equal(together.codes, apart.codes)
+
+
+def test_searched_scale_of_a_large_weight_has_the_least_error(monkeypatch):
+    # one block in several pieces: its error is a sum of sums, so the choice is judged in float64, where no other factor is better
+    weight, q = gaussian(64, 96, seed=6), intn(3, block=None, scale="mse")
+    monkeypatch.setattr(quantizers, "SEARCHED", 1000)
+    found, widest = q.scale(weight), weight.abs().max() / 3
+
+    def error(scale):
+        units = (weight.double() / scale.double()).round().clamp(-3, 3)
+        return (units * scale.double() - weight.double()).square().sum().item()
+
+    assert error(found) <= min(error(widest * factor) for factor in scales.SHRINK) * (1 + 1e-5)  # float32 sums of 6144 squares

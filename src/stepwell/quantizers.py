@@ -17,6 +17,7 @@ from stepwell.rounding import Bracket, Rounding
 from stepwell.scales import Fit, Rule, ScaleDtype, ScaleRounding, Zero
 
 Compute = Literal["fp16", "bf16"] | None
+SEARCHED = 2**17  # elements whose scales are searched together: they and their temporaries stay in the cache over all trials
 
 
 @dataclass(frozen=True)
@@ -120,22 +121,36 @@ class Quantizer:
             blocks: `(blocks, block)`, float32 or float64.
             tensor_scale: of the whole weight that these blocks are a part of; None takes these for the whole.
         """
+        if self.rule == "mse" and self.scale_dtype != "e4m3":
+            group = max(1, SEARCHED // blocks.shape[1])  # blocks know nothing of each other
+            parts = [self._search(blocks[start : start + group]) for start in range(0, max(len(blocks), 1), group)]
+            return parts[0] if len(parts) == 1 else Fit.join(parts)
         low, high = scales.extremes(blocks)
         wanted = self._wanted(blocks, low, high)
         if self.scale_dtype == "e4m3" and tensor_scale is None:
             tensor_scale = scales.tensor_scale(wanted.abs().max(), self.format)
-        best = self._stored(wanted, low, high, tensor_scale)
-        if self.rule != "mse" or self.scale_dtype == "e4m3":
-            return best
-        unit = wanted.masked_fill(
-            wanted == 0, 1
-        )  # errors are compared in units of the scale: squares of raw weights may under- or overflow
-        error = ((self.snap(blocks, best) - blocks) / unit).square_().sum(1, keepdim=True)
+        return self._stored(wanted, low, high, tensor_scale)
+
+    def _search(self, blocks: Tensor) -> Fit:
+        """Return the scale of every block with the smallest squared error among shrunken absmax scales."""
+        low, high = scales.extremes(blocks)
+        wanted = scales.absmax(low, high, self.format, rounding=self.scale_rounding, zero=self.zero)
+        unit = wanted.masked_fill(wanted == 0, 1)  # errors in units of the scale: squares of raw weights may under- or overflow
+
+        def error(fit: Fit) -> Tensor:
+            whole = torch.zeros_like(unit)
+            for start in range(0, blocks.shape[1], SEARCHED):  # a weight may be one block
+                part = blocks[:, start : start + SEARCHED]
+                whole += self.snap(part, fit).sub_(part).div_(unit).square_().sum(1, keepdim=True)
+            return whole
+
+        best = self._stored(wanted, low, high, None)
+        least = error(best)
         for factor in scales.SHRINK[1:]:
             trial = self._stored(scales.settle(wanted * factor, self.format), low, high, None)
-            trial_error = ((self.snap(blocks, trial) - blocks) / unit).square_().sum(1, keepdim=True)
-            better = trial_error < error
-            error = torch.where(better, trial_error, error)
+            trial_error = error(trial)
+            better = trial_error < least
+            least = torch.where(better, trial_error, least)
             best = Fit(*(None if a is None else torch.where(better, b, a) for a, b in zip(best, trial, strict=True)))  # type: ignore[arg-type]
         return best
 

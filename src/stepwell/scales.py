@@ -9,6 +9,7 @@ rounding is unbiased only inside the grid).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -57,6 +58,11 @@ class Fit(NamedTuple):
     def rows(self, start: int, stop: int) -> "Fit":
         """Return the fit of some of the blocks."""
         return Fit(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def join(parts: "Sequence[Fit]") -> "Fit":
+        """Return the fit of all blocks of several fits, in their order."""
+        return Fit(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 def extremes(blocks: Tensor) -> tuple[Tensor, Tensor]:
