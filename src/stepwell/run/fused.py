@@ -83,16 +83,13 @@ def run(work: passes.Pass, managed: Managed, context: Context, tensors: list[Ten
 
 def _arrays(managed: Managed, tensors: list[Tensor]) -> list[Any] | None:
     """Return `(blocks, block)` arrays on the tensors' own memory; None where a kernel cannot work on it."""
-    blocks = [managed.blocks(tensor) for tensor in tensors]
-    plain = all(
-        type(rows) is Tensor
-        and rows.dtype == torch.float32
-        and rows.is_cpu
-        and rows.is_contiguous()
-        and rows.data_ptr() == tensor.data_ptr()
-        for rows, tensor in zip(blocks, tensors, strict=True)
-    )
-    return [rows.numpy() for rows in blocks] if plain and blocks[0].shape[1] <= LONGEST else None
+    blocks = managed.blocks(tensors[0])
+    if blocks.data_ptr() != tensors[0].data_ptr() or not blocks.is_contiguous() or blocks.shape[1] > LONGEST:
+        return None
+    for tensor in tensors:  # all have the parameter's shape, so that one way to cut them serves all
+        if type(tensor) is not Tensor or tensor.dtype != torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()):
+            return None
+    return [tensor.numpy().reshape(blocks.shape) for tensor in tensors]
 
 
 def _split(kernel: Kernel, arrays: list[Any], *numbers: Any) -> None:
