@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"run", "optim", "activations", "testbed"},),
     ({"probes"},),
     ({"advice"}, {"export"}),
-    ({"train", "recipes", "integrations"},),
+    ({"train", "recipes", "integrations"}, {"explain"}),
     ({"commands"},),
     ({"cli"},),
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 # Each is a function of that name in `stepwell.commands.NAME`.
-COMMANDS = ("demo", "formats", "inspect", "predict")
+COMMANDS = ("demo", "explain", "formats", "inspect", "predict")
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 

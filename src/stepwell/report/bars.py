@@ -60,5 +60,5 @@ def draw_bars(
         handles, words = axes.get_legend_handles_labels()
         if len(handles) > 1:
             order = sorted(range(len(words)), key=lambda k: limit is not None and words[k] == limit[1])  # the limit comes last
-            drawing.legend([handles[k] for k in order], [words[k] for k in order], loc="outside upper left", ncols=3)
+            drawing.legend([handles[k] for k in order], [words[k] for k in order], loc="outside upper left", ncols=2)
         return svg(drawing, label)

@@ -1,0 +1,140 @@
+"""What `stepwell explain` says in sentences, each made from the numbers, for the page and for the terminal."""
+
+import math
+
+from stepwell.explain.records import Explanation, GridReport, Search
+
+VERDICTS = {
+    "RTN": "RTN is enough",
+    "GPTQ": "GPTQ is enough",
+    "train": "train",
+    "not reachable": "not reachable",
+    "uncertain": "uncertain",
+}
+
+
+def signed(value: float) -> str:
+    """Return a change of the loss with its sign, briefly.
+
+    >>> signed(0.012345), signed(-3.25), signed(float("inf"))
+    ('+0.0123', '-3.25', '+inf')
+    """
+    return f"{value:+.3g}" if abs(value) >= 0.001 or value == 0 else f"{value:+.1e}"
+
+
+def aligned(value: float, tolerance: float, sign: str = "+") -> str:
+    """Return a change of the loss with as many decimals as its tolerance asks for, so that a column of them lines up.
+
+    >>> aligned(0.29871, 0.1), aligned(-0.00012, 0.1), aligned(12.3456, 0.1), aligned(0.2, 1.0, sign="-")
+    ('+0.299', '-0.000', '+12.35', '0.20')
+    """
+    decimals = max(0, 2 - math.floor(math.log10(tolerance)))
+    return f"{value:{sign}.{max(decimals - (abs(value) >= 10), 0)}f}"
+
+
+def brief(value: float) -> str:
+    """Return an end of an interval with two digits."""
+    return f"{value:.2g}" if abs(value) >= 0.001 or value == 0 else f"{value:.0e}"
+
+
+def named(report: GridReport, explanation: Explanation) -> str:
+    """Return a grid's name, without the scheme where there is only one."""
+    only = len({one.scheme for one in explanation.grids}) == 1
+    return f"{report.bits} bits" if only else f"{report.scheme}, {report.bits} bits"
+
+
+def expected(report: GridReport) -> str:
+    """Return the predicted increase and its interval."""
+    verdict = report.verdict
+    return f"{signed(verdict.predicted)} ({brief(verdict.low)} to {brief(verdict.high)})"
+
+
+def verdict(report: GridReport) -> str:
+    """Say what to expect of the method that is advised, and what else is known."""
+    one = report.verdict
+    method = "training" if one.method in ("train", "not reachable") else one.method if one.method != "uncertain" else "the first candidate"
+    words = f"Expected increase by {method}: {expected(report)}."
+    if one.method == "uncertain":
+        words += f" Surely enough: {'training' if one.safe == 'train' else one.safe or 'nothing that was looked at'}."
+    if one.method != "RTN":
+        words += f" Rounding to nearest: {signed(report.rtn.increase)}."
+    return words
+
+
+def worst(report: GridReport) -> str:
+    """Say which weight hurts most, in one sentence."""
+    assert report.closer is not None
+    first = report.closer.layers[0]
+    return (
+        f"{first.name} does the most damage: rounded alone it raises the loss by {signed(first.alone)}; left in float while all others are "
+        f"rounded, it changes the loss by {signed(-first.removed)}."
+    )
+
+
+def damage(report: GridReport) -> str:
+    """Say which weight hurts most, and how single layers add up."""
+    assert report.closer is not None
+    layers, together = report.closer.layers, report.rtn.increase
+    total = sum(max(one.alone, 0.0) for one in layers)
+    if total <= 0:
+        return "No weight raises the loss when it alone is rounded."
+    return (
+        f"{worst(report)} The increases of {len(layers)} single weights sum to {signed(total)}, of which it has "
+        f"{max(layers[0].alone, 0.0) / total:.0%}; all at once cost {signed(together)}, {'more' if together > total else 'less'} than "
+        "the sum."
+    )
+
+
+def near(report: GridReport, explanation: Explanation) -> str:
+    """Say whether a low-loss grid point was found next to the rounded weights."""
+    assert report.closer is not None
+    searches, tolerance = report.closer.searches, explanation.tolerance
+    best = min(searches, key=lambda one: (not one.within, one.held_out))
+    if best.within:
+        return (
+            f"{_opening(best)} found a grid point with {signed(best.held_out)} on batches that it did not see, no code more than "
+            f"one step from the rounded weights and {best.changed:.1%} of them moved: proof that such points exist"
+            + (", as rounding itself is one." if report.rtn.within else ", which rounding to nearest missed.")
+        )
+    budget = " and ".join(_budget(one) for one in searches)
+    overfit = [one for one in searches if one.loss <= tolerance]
+    if overfit:
+        return (
+            f"{_opening(overfit[0])} came within tolerance on the batches it saw ({signed(overfit[0].loss)}), but not on the "
+            f"others ({signed(overfit[0].held_out)}): it fitted its data. A point that is low on both was not found within {budget}."
+        )
+    return (
+        f"Not found within {budget}; the best point is at {signed(best.held_out)} on held-out batches. A search that fails does not show "
+        "that there is none."
+    )
+
+
+def inward(report: GridReport) -> str:
+    """Say which way the gradient points at the rounded and at the float weights."""
+    assert report.closer is not None
+    first, later = report.closer.inward
+    return (
+        f"At the rounded weights, descent has a cosine of {first.cosine:.3g} with the way back to the float weights, "
+        f"{first.cosine / first.random:.1f} times the size that a random direction has ({first.random:.2g}); at the float weights "
+        f"themselves it is {first.latent_cosine:.3g}. After {report.closer.searches[1].evaluations} steps of training inside the box it is "
+        f"{later.cosine:.3g} at the deployed and {later.latent_cosine:.3g} at the latent weights. A positive sign alone is no evidence "
+        "of a wall: on any convex slice it is positive. What counts is its size, and that the latent weights do not show it."
+    )
+
+
+def line(report: GridReport) -> str:
+    """Say how the loss grows from the float to the rounded weights."""
+    exponent, barrier = report.line.exponent, report.line.barrier
+    if exponent != exponent:  # NaN: the line does not rise throughout
+        return f"at {report.bits} bits it does not rise throughout"
+    shape = "as a quadratic bowl would (2)" if 1.7 <= exponent <= 2.4 else "flatter, then steeper" if exponent > 2.4 else "steep at once"
+    hill = f", over a barrier of {signed(barrier)}" if barrier > 0.001 else ""
+    return f"at {report.bits} bits it rises with power {exponent:.1f} of the distance, {shape}{hill}"
+
+
+def _opening(search: Search) -> str:
+    return search.method[:1].upper() + search.method[1:]
+
+
+def _budget(search: Search) -> str:
+    return f"{search.evaluations} {'steps of box QAT' if search.method == 'box QAT' else 'evaluations of the flip search'}"

@@ -1,0 +1,249 @@
+"""measure: why rounding fails on a model, grid by grid, and what will work, as records that a page or a program can read."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from stepwell.advice.advise import advise
+from stepwell.advice.measure import BatchLoss, Losses, Parts, divide
+from stepwell.advice.verdict import Advice
+from stepwell.explain.closer import Data, look
+from stepwell.explain.effort import NORMAL, Effort
+from stepwell.explain.records import Closer, Explanation, GridReport, Rounded
+from stepwell.explain.rounding import Point, compare, curvature, gptq_point, spread, without_data
+from stepwell.explain.tally import Progress, Tally
+from stepwell.presets import intn
+from stepwell.probes.rho import Ratio, rho_fn, rho_self, rho_uniform
+from stepwell.probes.segment import Segment, segment
+from stepwell.probes.stage import check_tolerance, staged
+from stepwell.probes.width import Width
+from stepwell.ptq.calibration import holders, uses
+from stepwell.ptq.chosen import Chosen, chosen
+from stepwell.quantizers import Quantizer
+
+
+def measure(
+    model: nn.Module,
+    loss: BatchLoss,
+    batches: Iterable[Any],
+    *,
+    quantizers: Sequence[Quantizer],
+    tolerance: float = 0.1,
+    effort: Effort = NORMAL,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Explanation:
+    """Measure why rounding fails on each grid, what lies near, and which method will reach the tolerance.
+
+    A third of the batches calibrates GPTQ, weighs the scale search and guides the searches; every reported loss is of the others, unless it
+    says otherwise. The model is left exactly as found. Held at a time: two copies of the weights, the codes of every grid twice (one byte
+    each per weight), and in the closer look what training takes.
+
+    Args:
+        model: any module, in float.
+        loss: `loss(model, batch)` returns the mean loss of one batch as a tensor with one element, the same for the same weights.
+        batches: data that the model was not trained on, in batches of equal size; three or more, so that searches are judged on data that
+            they did not see and errors can be given.
+        quantizers: the grids.
+        tolerance: growth of the loss that still counts as good, above 0, in its unit.
+        effort: how much is measured.
+        skip: names or patterns of parameters or modules to leave in float.
+        progress: called with the part and the passes so far at every batch.
+
+    Returns:
+        The explanation: losses after rounding, ratios, lines and verdicts for every grid, a closer look for the widest grid of every scheme
+        on which rounding fails (the narrowest if it never does), and what it took.
+
+    Raises:
+        TypeError: something of another kind where a quantizer, batches or a loss belong.
+        ValueError: no quantizers, no batches, a loss that is not scalar, finite, deterministic and differentiable, batches that never reach
+            a layer (which is named), nothing to quantize, a tolerance that is not positive. All of it before anything is measured.
+    """
+    check_tolerance(tolerance)
+    grids = _plans(model, quantizers, skip)
+    parts = divide(batches, None)
+    tally = Tally(len(parts.measuring) + (0 if parts.calibrating is parts.measuring else len(parts.calibrating)), progress)
+    counted = tally.counted(loss)
+    names = list(dict.fromkeys(row.name for grid in grids for row in grid.rows))
+    with tally.part("checks"):
+        data, base, beyond = _checked(model, counted, parts, grids[0].rows, names)
+    asked = _Asked(tolerance, effort, beyond)
+    found = _all_rounded(model, data, grids, tally, asked, names)
+    ratios = _ratios(model, data, [one.points["RTN"] for one in found], tally, asked)
+    with tally.part("lines"):
+        lines = [segment(model, data.measuring, toward=one.points["RTN"], positions=effort.positions) for one in found]
+    closer = _closer(model, data, grids, found, tally, asked)
+    with tally.part("advice"):
+        advice = advise(
+            model, counted, parts.measuring, calibration=parts.calibrating, quantizers=quantizers, tolerance=tolerance, skip=skip
+        )
+    return Explanation(
+        tolerance=tolerance,
+        start=data.start,
+        start_stderr=spread(base),
+        search_start=data.search_start,
+        weights=sum(row.parameter.numel() for row in grids[0].rows),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=len(grids[0].rows),
+        batches=(len(parts.calibrating), len(parts.measuring)),
+        grids=tuple(_reports(grids, found, ratios, lines, advice, closer)),
+        worth=advice.notes[-1],
+        notes=(parts.note, *_notes(model, beyond)),
+        spent=tally.spent,
+        effort=effort.name,
+    )
+
+
+def scheme(quantizer: Quantizer) -> str:
+    """Return how a grid's scales are made, in a word that grids of other bits share: "channel-mse"; of unusual grids, all they are.
+
+    >>> scheme(intn(4, block="channel", scale="mse")), scheme(intn(2, block=32))
+    ('channel-mse', 'block32-absmax')
+    """
+    block = {None: "tensor", "channel": "channel"}.get(quantizer.block, f"block{quantizer.block}")  # type: ignore[arg-type]
+    bits, rule = quantizer.format.bits, quantizer.rule
+    usual = quantizer.format.levels == "symmetric" and quantizer == intn(bits, block=quantizer.block, scale=rule)
+    return f"{block}-{rule}" if usual else str(quantizer)
+
+
+class _Plan(NamedTuple):
+    """One grid and the weights that it takes."""
+
+    quantizer: Quantizer
+    rows: list[Chosen]
+
+
+class _Asked(NamedTuple):
+    """What all grids share."""
+
+    tolerance: float
+    effort: Effort
+    beyond: frozenset[str]
+
+
+class _Found(NamedTuple):
+    """One grid's points and what they lose."""
+
+    points: dict[str, Point]
+    rounded: tuple[Rounded, ...]
+
+
+def _plans(model: nn.Module, quantizers: Sequence[Quantizer], skip: Sequence[str]) -> list[_Plan]:
+    """Return the grids with the weights they take, or refuse them."""
+    if not isinstance(quantizers, Sequence) or not all(isinstance(one, Quantizer) for one in quantizers):
+        raise TypeError(f"`quantizers` must be a list of quantizers: got {quantizers!r}. Write quantizers=[int4()].")
+    if not quantizers:
+        raise ValueError("`quantizers` must hold at least one grid: got none. Write quantizers=[int4(), int3()].")
+    return [_Plan(quantizer, chosen(model, quantizer, skip=skip)) for quantizer in quantizers]
+
+
+def _checked(
+    model: nn.Module, loss: BatchLoss, parts: Parts, rows: Sequence[Chosen], names: Sequence[str]
+) -> tuple[Data, list[float], frozenset[str]]:
+    """Return the data with its float losses, the loss of every measuring batch, and the weights that GPTQ cannot calibrate."""
+    searching, measuring = Losses(loss, parts.calibrating), Losses(loss, parts.measuring)
+    known: dict[str, list[nn.Module]] = {}
+    for row in rows:
+        try:
+            known |= holders(model, {row.name: row.parameter})
+        except ValueError:
+            continue
+    with staged(model, measuring, names) as stage:
+        start, base = stage.start, list(measuring.last)
+        if known:
+            uses(model, known, parts.calibrating, loss)
+        stage.gradient(lambda model: loss(model, parts.measuring[0]))
+        search_start = start if parts.calibrating is parts.measuring else stage.other(searching)
+    data = Data(loss, parts.calibrating, searching, measuring, start, search_start)
+    return data, base, frozenset(names) - frozenset(known)
+
+
+def _all_rounded(model: nn.Module, data: Data, grids: Sequence[_Plan], tally: Tally, asked: _Asked, names: Sequence[str]) -> list[_Found]:
+    """Round to every grid in every way, and measure what that loses."""
+    with tally.part("scale search"):
+        cost = curvature(model, data.loss, data.search, names)
+    found = []
+    for grid in grids:
+        with tally.part("scale search"):
+            points = without_data(grid.rows, cost)
+        with tally.part("GPTQ"):
+            points["GPTQ"] = gptq_point(model, grid.rows, points["RTN"], data.search, data.loss, asked.beyond)
+        with tally.part("losses"):
+            rounded = compare(model, data.measuring, points, asked.tolerance)
+        found.append(_Found({method: points[method] for method in ("RTN", "GPTQ")}, rounded))
+    return found
+
+
+def _ratios(model: nn.Module, data: Data, points: Sequence[Point], tally: Tally, asked: _Asked) -> list[tuple[Ratio, Ratio, Ratio]]:
+    """Return rho_fn, rho_uniform and rho_self of every grid; one width serves all grids in the first of them."""
+    width: Width | None = None
+    found = []
+    with tally.part("ratios"):
+        for point in points:
+            own = rho_fn(model, data.measuring, toward=point, tolerance=asked.tolerance, width=width)
+            width = own.widths[0]
+            even = rho_uniform(model, data.measuring, toward=point, tolerance=asked.tolerance, draws=asked.effort.draws)
+            found.append((own, even, rho_self(model, data.measuring, toward=point, tolerance=asked.tolerance)))
+    return found
+
+
+def _closer(
+    model: nn.Module, data: Data, grids: Sequence[_Plan], found: Sequence[_Found], tally: Tally, asked: _Asked
+) -> dict[int, Closer]:
+    """Return the closer looks by the index of their grid."""
+    looks = {}
+    for index in _worth(grids, found, asked.effort):
+        points = found[index].points
+        with tally.part("closer look"):
+            looks[index] = look(model, data, points["RTN"], points["GPTQ"], tolerance=asked.tolerance, effort=asked.effort)
+    return looks
+
+
+def _worth(grids: Sequence[_Plan], found: Sequence[_Found], effort: Effort) -> list[int]:
+    """Return which grids get a closer look: of each scheme the widest on which rounding fails, or all such; the narrowest if none does."""
+    chosen = []
+    for name in dict.fromkeys(scheme(grid.quantizer) for grid in grids):
+        mine = sorted(
+            (index for index, grid in enumerate(grids) if scheme(grid.quantizer) == name), key=lambda k: -grids[k].quantizer.format.bits
+        )
+        failing = [index for index in mine if not found[index].rounded[0].within]
+        chosen += failing[: None if effort.every else 1] or mine[-1:]
+    return chosen
+
+
+def _reports(
+    grids: Sequence[_Plan],
+    found: Sequence[_Found],
+    ratios: Sequence[tuple[Ratio, Ratio, Ratio]],
+    lines: Sequence[Segment],
+    advice: Advice,
+    closer: dict[int, Closer],
+) -> list[GridReport]:
+    """Return one report per grid."""
+    return [
+        GridReport(
+            scheme(grid.quantizer),
+            grid.quantizer.format.bits,
+            str(grid.quantizer),
+            found[k].rounded,
+            *ratios[k],
+            lines[k],
+            advice[k],
+            closer.get(k),
+        )
+        for k, grid in enumerate(grids)
+    ]
+
+
+def _notes(model: nn.Module, beyond: frozenset[str]) -> list[str]:
+    """Return what a reader of the numbers must know."""
+    notes = []
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        notes.append(
+            "BatchNorm statistics are re-estimated on the measuring batches for the losses after rounding, and frozen in lines, widths and "
+            "slices."
+        )
+    if beyond:
+        notes.append(f"GPTQ cannot calibrate {', '.join(sorted(beyond))}: these are rounded to nearest in its place.")
+    return notes
