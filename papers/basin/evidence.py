@@ -41,13 +41,17 @@ def at_rate(rows: Sequence[Row], rate: float = MIDDLE_RATE) -> list[Row]:
 
 
 def runs() -> list[Row]:
-    """Return one row per network, scheme and bits: runs.csv at the middle rate, with what probes.csv and lotion.csv add."""
+    """Return one row per network, scheme and bits: runs.csv at the middle rate, with what probes.csv and lotion.csv add.
+
+    LOTION was not run at 8 bits: NaN there.
+    """
     rows = at_rate(numbers("runs.csv"))
     if not rows:
         return []
     more = {key(row): row for row in numbers("probes.csv")}
     lotion = {key(row): row for row in numbers("lotion.csv") if row["scales"] == "frozen"}
-    return [{**more.get(key(row), {}), **lotion.get(key(row), {}), **row} for row in rows]
+    none = dict.fromkeys(("lotion", "lotion_se", "lotion_heldout"), np.nan)
+    return [{**more[key(row)], **lotion.get(key(row), none), **row} for row in rows]
 
 
 def key(row: Row) -> tuple[str, str, float]:

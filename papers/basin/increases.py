@@ -1,13 +1,15 @@
 """Figure: what rounding costs, and what is left of it after each method, per architecture, scheme and bits.
 
 Held-out increase over the float network, mean over the two networks of an architecture; QAT and the float control at learning rate 1e-3.
-Table: median share of the RTN increase that each method removes where RTN fails, and how often it ends within the tolerance.
-Writes results/increases.svg, increases.csv (every mean) and increases_removed.csv. Skipped where results/runs.csv is not there.
+Tables: median share of the RTN increase that each method removes where RTN fails, and how often it ends within the tolerance; LOTION
+against QAT, at the rate and strength of `measures.py`, with frozen scales and with absmax scales that follow the weights.
+Writes results/increases.svg, increases.csv (every mean), increases_removed.csv and increases_lotion.csv. Skipped where results/runs.csv is
+not there.
 """
 
 import matplotlib.pyplot as plt
 import numpy as np
-from evidence import ARCHITECTURES, GROUPS, SCHEMES, TOLERANCE, Row, failed, interval, median_removed, of_group, runs, wilson
+from evidence import ARCHITECTURES, GROUPS, SCHEMES, TOLERANCE, Row, failed, interval, key, median_removed, numbers, of_group, runs, wilson
 from shared import BLUE, BROWN, GREEN, GREY, RED, save, write
 
 METHODS = {
@@ -19,6 +21,7 @@ METHODS = {
     "control": ("float training, then RTN", "black"),
 }
 BITS = (8, 4, 3, 2)
+CLEAR = 0.01  # nat
 
 
 def main() -> None:
@@ -27,12 +30,14 @@ def main() -> None:
         return
     means = []
     architectures = [name for name in ARCHITECTURES if of_group(rows, name)]
-    figure, axes = plt.subplots(len(SCHEMES), len(architectures), figsize=(2.7 * len(architectures), 7), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(SCHEMES), len(architectures), figsize=(2.5 * len(architectures), 7.5), sharex=True, sharey=True, squeeze=False
+    )
     for line, scheme in zip(axes, SCHEMES, strict=True):
         for axis, architecture in zip(line, architectures, strict=True):
             mine = [row for row in rows if row["scheme"] == scheme and row["architecture"] == architecture]
             means += panel(axis, mine, scheme, architecture)
-            axis.set(yscale="symlog", xticks=range(len(BITS)), xticklabels=BITS)
+            axis.set(xticks=range(len(BITS)), xticklabels=BITS)
             axis.set_yscale("symlog", linthresh=0.01)
             axis.axhline(TOLERANCE, color=GREY, linewidth=0.7, linestyle=":")
         line[0].set_ylabel(f"{scheme}\nheld-out increase, nat")
@@ -40,11 +45,13 @@ def main() -> None:
         axis.set_title(architecture)
     for axis in axes[-1]:
         axis.set_xlabel("bits")
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    axes[0, 0].legend(frameon=False, fontsize=6, loc="upper left")
+    axes[0, 0].set_ylim(-0.1, 100)
     save(figure, "increases.svg")
     columns = [column for method in METHODS for column in (method, f"{method}_heldout", f"{method}_heldout_spread")]
     write("increases.csv", ("architecture", "scheme", "bits", "networks", *columns), means)
     write_removed(rows)
+    write_lotion(rows)
 
 
 def panel(axis: plt.Axes, rows: list[Row], scheme: str, architecture: str) -> list[tuple[object, ...]]:
@@ -78,6 +85,27 @@ def write_removed(rows: list[Row]) -> None:
             )
     header = ("group", "method", "rtn_failures", "removed_median", "low", "high", "within", "within_low", "within_high", "worse_than_rtn")
     write("increases_removed.csv", header, table)
+
+
+def write_lotion(rows: list[Row]) -> None:
+    """Write how often LOTION or QAT is better by more than `CLEAR` held out, and the median difference, where RTN fails."""
+    bad, table = {key(row) for row in failed(rows)}, []
+    measured = [row for row in numbers("lotion.csv") if key(row) in bad]
+    for group in GROUPS:
+        for scales in ("frozen", "refitted"):
+            mine = [row for row in of_group(measured, group) if row["scales"] == scales]
+            if not mine:
+                continue
+            difference = np.array([row["lotion_heldout"] - row["ste_heldout"] for row in mine])
+            wins = (int((difference < -CLEAR).sum()), int((difference > CLEAR).sum()))
+            middle = interval(mine, lambda found: float(np.median([row["lotion_heldout"] - row["ste_heldout"] for row in found])))
+            table.append((group, scales, len(mine), *wins, *middle))
+            print(f"{group}, {scales} scales: LOTION better in {wins[0]}, QAT in {wins[1]} of {len(mine)}")
+    write(
+        "increases_lotion.csv",
+        ("group", "scales", "rtn_failures", "lotion_better", "qat_better", "difference_median", "low", "high"),
+        table,
+    )
 
 
 if __name__ == "__main__":
