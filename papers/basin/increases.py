@@ -1,10 +1,10 @@
 """Figure: what rounding costs, and what is left of it after each method, per architecture, scheme and bits.
 
 Held-out increase over the float network, mean over the two networks of an architecture; QAT and the float control at learning rate 1e-3.
-Tables: median share of the RTN increase that each method removes where RTN fails, and how often it ends within the tolerance; LOTION
-against QAT, at the rate and strength of `measures.py`, with frozen scales and with absmax scales that follow the weights.
-Writes results/increases.svg, increases.csv (every mean), increases_removed.csv and increases_lotion.csv. Skipped where results/runs.csv is
-not there.
+Tables: failures per method and bits, with the gap between RTN and QAT; median share of the RTN increase that each method removes where RTN
+fails, and how often it ends within the tolerance; LOTION against QAT, at the rate and strength of `measures.py`, with frozen scales and with
+absmax scales that follow the weights. Writes results/increases.svg, increases.csv (every mean), increases_failures.csv,
+increases_removed.csv and increases_lotion.csv. Skipped where results/runs.csv is not there.
 """
 
 import matplotlib.pyplot as plt
@@ -50,6 +50,7 @@ def main() -> None:
     save(figure, "increases.svg")
     columns = [column for method in METHODS for column in (method, f"{method}_heldout", f"{method}_heldout_spread")]
     write("increases.csv", ("architecture", "scheme", "bits", "networks", *columns), means)
+    write_failures(rows)
     write_removed(rows)
     write_lotion(rows)
 
@@ -66,6 +67,21 @@ def panel(axis: plt.Axes, rows: list[Row], scheme: str, architecture: str) -> li
         places = [BITS.index(row[2]) for row in table]  # type: ignore[arg-type]
         axis.plot(places, [row[5 + 3 * k] for row in table], color=colour, marker="o", markersize=3, linewidth=1, label=label)
     return table
+
+
+def write_failures(rows: list[Row]) -> None:
+    """Write, per group and bits, how many configurations fail under each method, and the median gap between RTN and QAT, held out."""
+    table: list[tuple[object, ...]] = []
+    for group in GROUPS:
+        for b in BITS:
+            mine = [row for row in of_group(rows, group) if row["bits"] == b]
+            if mine:
+                fails = [len(failed(mine, name)) for name in ("rtn", "gptq", "qat", "control")]
+                gap = interval(mine, lambda found: float(np.median([row["rtn_heldout"] - row["qat_heldout"] for row in found])))
+                table.append((group, b, len(mine), *fails, *gap))
+                print(f"{group}, {b} bits: RTN fails in {fails[0]}, GPTQ {fails[1]}, QAT {fails[2]} of {len(mine)}, gap {gap[0]:.3f}")
+    names = ("rtn_fails", "gptq_fails", "qat_fails", "control_fails", "gap_median", "gap_low", "gap_high")
+    write("increases_failures.csv", ("group", "bits", "configurations", *names), table)
 
 
 def write_removed(rows: list[Row]) -> None:

@@ -3,6 +3,7 @@
 Points are logged at 0, 1, 2, 4, ... steps of QAT (learning rate 1e-3) and at its end. c_q and c_w are cosines of the descent direction at
 deployed and latent weights with the way back from the deployed ones; p_q is the fall of the loss per unit on it. On a convex slice c_q is
 positive everywhere: its sign alone shows no wall. A random direction has a cosine of about one over the root of the number of weights.
+"Sane" leaves out points whose loss is above that of guessing, log 10 or log 256: there the loss has levelled off.
 Writes results/inward_component.svg and inward_component.csv. Skipped where results/inward.csv is not there.
 """
 
@@ -34,6 +35,8 @@ def main() -> None:
         "auc_c_q": told_apart("cosine"),
         "auc_c_w": told_apart("latent_cosine"),
         "auc_p_q": told_apart("projection"),
+        "c_q>0|out, sane": lambda mine: positive("cosine", 1)(sane(mine)),
+        "auc_p_q, sane": lambda mine: told_apart("projection")(sane(mine)),
     }
     table = []
     for group in GROUPS:
@@ -48,6 +51,10 @@ def main() -> None:
         if row[1] == "k >= 1":
             print(f"{row[0]}, {row[3]} of {row[2]} outside, {row[4]}: {row[5]:.3f} ({row[6]:.3f} to {row[7]:.3f})")
     draw(rows)
+
+
+def sane(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["loss"] < np.log(256 if row["architecture"] == "bytes-lm" else 10)]
 
 
 def of_side(rows: Sequence[Row], name: str, outside: int) -> list[float]:
