@@ -3,11 +3,12 @@
     python benchmarks/step_cost.py [--rounds 20] [--out benchmarks/results/step_cost.json]
 
 Model: a Llama-like transformer of 4 layers, width 256, feed-forward 704, vocabulary 4096; batch 8 x 128 tokens, float32, AdamW, one thread;
-the 28 block linears (3.2 million weights) are quantized to int4 in blocks of 32. Every round runs each variant once, in an order that
+the 28 block linears (3.2 million weights) are quantized to int4 in blocks of 32. Variants take the automatic path, numba's kernels at this
+size; "eager" is what runs where numba is not installed. Every round runs each variant once, in an order that
 rotates, and a ratio is the median over rounds of variant / plain *within the round*, so that a drifting machine cancels. Memory is
 measured in a process of its own per variant: growth of the peak resident size over the freshly built model, with the allocator's mmap
 threshold fixed so that freed tensors leave the process. The floor of a variant is the least memory traffic that its extra work can have as
-passes around an optimizer, at the bandwidth of a copy measured in the same run. Needs `pip install "stepwell[bench]"`.
+passes around an optimizer, at the bandwidth of a copy measured in the same run. Needs `pip install "stepwell[bench,fast]"`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,11 +29,11 @@ from torch import nn
 
 import stepwell as sw
 
-VARIANTS = ("plain", "ste", "lotion", "ste + lotion", "torchao int4 g32")
+VARIANTS = ("plain", "ste", "lotion", "ste + lotion", "ste, eager", "lotion, eager", "torchao int4 g32")
 BATCH, LENGTH, VOCABULARY = 8, 128, 4096
 # Bytes per managed weight that passes around the optimizer must move, float32. STE: copy the latent in (8), copy the result out (8), write
 # the rounded weight while the latent is in cache (4). LOTION: read weight, second moment and first moment, write the first moment.
-FLOOR_BYTES = {"ste": 20, "lotion": 16, "ste + lotion": 36}
+FLOOR_BYTES = {"ste": 20, "lotion": 16, "ste + lotion": 36, "ste, eager": 20, "lotion, eager": 16}
 
 
 def build() -> nn.Module:
@@ -60,8 +62,12 @@ def prepare(variant: str) -> tuple[Callable[[], None], int]:
         "lotion": lambda: sw.lotion(quantizer, loss_terms=BATCH * LENGTH),
         "ste + lotion": lambda: sw.lotion(quantizer, loss_terms=BATCH * LENGTH, forward="nearest"),
     }
-    if variant in methods:
-        sw.attach(model, methods[variant](), optimizer, skip=["lm_head"])
+    name, _, eager = variant.partition(", ")
+    if name in methods:
+        run = sw.attach(model, methods[name](), optimizer, skip=["lm_head"], compile=False if eager else None)
+        expected = "eager path" if eager else "numba path"
+        if expected not in repr(run):
+            raise SystemExit(f"{variant} is to be measured on the {expected}, and is on another: {run!r}. Is numba installed?")
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
 
     def step() -> None:
@@ -151,6 +157,7 @@ def summarise(rounds: int) -> dict[str, object]:
     return {
         "machine": f"{processor()}, {os.cpu_count()} cores, 1 thread used; {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
+        "numba": version("numba"),
         "rounds": rounds,
         "quantized_weights": quantized,
         "copy_gb_per_s": bandwidth / 1e9,

@@ -35,10 +35,12 @@ def cost() -> str:
         for name, row in result["variants"].items()
     ]
     weights = f"{result['quantized_weights'] / 1e6:.1f} million"
+    without = "Eager: where numba is not installed. " if any("eager" in name for name in result["variants"]) else ""
     note = (
         f"int4 in blocks of 32 on the {weights} block weights of a 4-layer transformer, 1024 tokens a step, AdamW, float32. Medians of "
         f"{result['rounds']} interleaved rounds, ratio within a round (processor time); {result['machine']}; torch {result['torch']}. "
-        "The floor is the memory traffic of the extra passes at the speed of a copy. `python benchmarks/step_cost.py` measures it again."
+        f"{without}The floor is the memory traffic of the extra passes at the speed of a copy. "
+        "`python benchmarks/step_cost.py` measures it again."
     )
     return "\n".join([head, *rows, "", note])
 

@@ -5,6 +5,8 @@ last bit. A force is a product of four factors, each rounded once, and the scale
 error `block * 2**-24` of the sum of the terms' magnitudes.
 """
 
+import sys
+
 import pytest
 import torch
 from tests.cases import gaussian
@@ -197,13 +199,30 @@ def test_what_kernels_cannot_reach_is_left_to_the_eager_passes(cheap):
     assert not torch.equal(found[0]["0.weight"], mixed()[0].weight)
 
 
-def test_kernels_are_for_models_that_pay_and_need_numba(monkeypatch):
+def test_kernels_are_for_models_that_pay(monkeypatch):
     method = METHODS["lotion"](sw.int3(block=16))
-    assert "eager path" in repr(trained(method)[1])  # too small
+    assert "eager path" in repr(trained(method)[1])
     monkeypatch.setattr(fused, "PAYS", 1)
     assert "numba path" in repr(trained(method)[1])
-    monkeypatch.setattr(fused, "kernels", lambda: None)
-    assert "eager path" in repr(trained(method)[1])
+
+
+@pytest.mark.parametrize("missing", ["numba", "place for its cache"])
+def test_without_numba_the_run_is_eager(missing, cheap, monkeypatch):
+    """It is absent, or it raises because it may write neither beside the package nor into the user's folder."""
+    monkeypatch.delitem(sys.modules, "stepwell.run.kernels", raising=False)
+    monkeypatch.delattr("stepwell.run.kernels", raising=False)
+    if missing == "numba":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    fused.kernels.cache_clear()
+    try:
+        found, run = trained(METHODS["ste"](sw.int3(block=16)))
+        assert fused.kernels() is None
+    finally:
+        fused.kernels.cache_clear()
+    assert "eager path" in repr(run)
+    assert same(found, trained(METHODS["ste"](sw.int3(block=16)), compile=False)[0])
 
 
 def test_writes_are_seen_by_autograd():
