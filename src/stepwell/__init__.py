@@ -28,11 +28,11 @@ _HOME = {
     "verify": "stepwell.export.parity",
     "advise": "stepwell.advice.advise",
     "Testbed": "stepwell.testbed",
-    **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods", "schedules", "explain")},
+    **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods", "optim", "schedules", "explain")},
 }
 
 if TYPE_CHECKING:
-    from stepwell import explain, export, methods, probes, ptq, schedules, theory
+    from stepwell import explain, export, methods, optim, probes, ptq, schedules, theory
     from stepwell.advice.advise import advise
     from stepwell.export.parity import verify
     from stepwell.methods.binary_relax import binary_relax

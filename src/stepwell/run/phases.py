@@ -8,6 +8,10 @@ the stack.
 import sys
 from types import FrameType
 
+from torch.optim import Optimizer
+
+from stepwell.run.managed import local
+
 
 class Phase:
     """The step that one optimizer is in, if any."""
@@ -40,3 +44,17 @@ class Phase:
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return frame is not None
+
+
+def creates_state(optimizer: Optimizer) -> bool:
+    """Whether this is torch.distributed.checkpoint's step that only creates state: rate 0, zero gradients, no state yet."""
+    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+    return not any(bool(local(gradient).any()) for gradient in gradients)
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler tells a fused optimizer to leave everything alone."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())

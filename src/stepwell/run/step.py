@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from stepwell import randomness
 from stepwell.methods.base import Context
-from stepwell.run import fused, moments, passes
+from stepwell.run import fused, moments, onepass, passes
 from stepwell.run.managed import Managed, local, wide
-from stepwell.run.phases import Phase
+from stepwell.run.phases import Phase, creates_state, overflowed
 from stepwell.schedules import value_at
 
 Terms = Callable[[Managed, int], float]
@@ -28,11 +28,12 @@ class Hooks(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """One parameter inside a step: the optimizer's step count at a push (None without one), and the loss terms."""
+    """One parameter inside a step: the optimizer's step count at a push (None without one), the loss terms, and who does the work."""
 
     one: Managed
     pushed: Tensor | float | None
     terms: float
+    taken: bool  # the optimizer makes the whole step: nothing is done around it
 
 
 class Stepper:
@@ -46,8 +47,11 @@ class Stepper:
         self._phases = {optimizer: Phase() for optimizer in optimizers}
         self._active: dict[Optimizer, list[Opened]] = {}
         device, elements = managed[0].weight.device, sum(one.weight.numel() for one in managed)
-        self._each = fused.run if compiled is None and fused.pays(managed) else passes.piecewise
-        self.compiled = passes.compile_pays(elements, device) and self._each is passes.piecewise if compiled is None else compiled
+        self._hands_over = compiled is None
+        self._alone = compiled is None and onepass.takes_all(managed)
+        self._each = fused.run if compiled is None and not self._alone and fused.pays(managed) else passes.piecewise
+        around = not self._alone and self._each is passes.piecewise
+        self.compiled = around and passes.compile_pays(elements, device) if compiled is None else compiled
         self._insist = compiled is True
         self._whole = passes.whole({})
 
@@ -135,8 +139,8 @@ class Stepper:
 
     @property
     def path(self) -> str:
-        """How the passes around a step run."""
-        return "compiled" if self.compiled else "eager" if self._each is passes.piecewise else "numba"
+        """How the passes around a step run, if there are any."""
+        return "one-pass" if self._alone else "compiled" if self.compiled else "eager" if self._each is passes.piecewise else "numba"
 
     @property
     def penalty(self) -> str:
@@ -161,12 +165,12 @@ class Stepper:
         if not self._phases[optimizer].opens(frame):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None and _creates_state(optimizer):
+        if closure is None and creates_state(optimizer):
             return None
         try:
             hooks.settle()
             if closure is None:
-                if not _overflowed(optimizer):
+                if not overflowed(optimizer):
                     self._open(optimizer, hooks.terms)
                 return None
         except BaseException:
@@ -183,8 +187,8 @@ class Stepper:
             return
         if optimizer in self._active:  # else a skipped step, or one that only created optimizer state
             self.steps[optimizer] += 1
-            for one, _, terms in self._active[optimizer]:
-                self._finish(one, terms)
+            for one, _, terms, taken in self._active[optimizer]:
+                self._finish(one, terms, taken)
                 one.note()
             del self._active[optimizer]
             self.begin_due()
@@ -201,7 +205,8 @@ class Stepper:
     def _undo(self, optimizer: Optimizer) -> None:
         """Close a step that failed and take back what it did."""
         self._phases[optimizer].close()
-        for one, pushed, terms in self._active.pop(optimizer, []):
+        onepass.assign(optimizer, [])
+        for one, pushed, terms, _ in self._active.pop(optimizer, []):
             if pushed is not None and bool(pushed == moments.step_of(one)):  # the optimizer never used the push
                 if one.latent is not None:
                     one.weight.copy_(one.latent)
@@ -215,14 +220,17 @@ class Stepper:
         """Hand the optimizer latent weights, the method's gradients and a first moment that holds the penalty."""
         mine = [one for one in self._managed if one.begun and one.optimizer is optimizer and one.parameter.grad is not None]
         counted = [(one, terms(one, self.steps[optimizer])) for one in mine]  # may raise: nothing has changed yet
-        opened = self._active[optimizer] = []
+        taken = onepass.assign(optimizer, counted if self._hands_over else [])
+        opened = self._active[optimizer] = [Opened(one, None, count, taken=True) for one, count in counted if one in taken]
         for one, count in counted:
-            opened.append(Opened(one, None, count))
+            if one in taken:
+                continue
+            opened.append(Opened(one, None, count, taken=False))
             self._regrade(one, count)
             if one.latent is not None:
                 one.weight.copy_(one.latent)
             if self._push(one, count):
-                opened[-1] = Opened(one, moments.step_of(one), count)
+                opened[-1] = opened[-1]._replace(pushed=moments.step_of(one))
 
     def _shown(self, optimizer: Optimizer, closure: Callable[[], Any], terms: Terms) -> Callable[[], Any]:
         """Return the closure with deployed weights inside; what it leaves behind is a step that is open."""
@@ -230,24 +238,32 @@ class Stepper:
         def run() -> Any:
             opened = self._active.get(optimizer, [])
             first = optimizer not in self._active
-            for one, _, _ in opened:
-                if one.latent is not None:
+            for one, _, _, taken in opened:
+                if one.latent is not None and not taken:
                     one.latent.copy_(one.weight)
                     self.show(one)
             torch.clear_autocast_cache()
             result = closure()
             if first:
                 self._open(optimizer, terms)
-            for one, _, count in opened:
+            for one, _, count, taken in opened:
                 self._regrade(one, count)
-                if one.latent is not None:
+                if one.latent is not None and not taken:
                     one.weight.copy_(one.latent)
             return result
 
         return run
 
-    def _finish(self, one: Managed, terms: float) -> None:
+    def _finish(self, one: Managed, terms: float, taken: bool) -> None:
         """Do what follows the optimizer's update of one parameter."""
+        assert one.optimizer is not None
+        due = self.steps[one.optimizer] % self._refit == 0
+        if taken:
+            if due and one.quantizer.rule == "mse":
+                one.refit(one.source)
+                if one.latent is not None:
+                    self.show(one)
+            return
         if one.method.push is not None and not moments.exact(one.optimizer, one.group):
             down = torch.empty_like(one.weight)
             self._run(passes.descend, one, self._context(one, terms), [down, one.weight, moments.curvature(one)])
@@ -257,8 +273,7 @@ class Stepper:
             if moments.reads_moments(one.method):
                 context = context._replace(correction=_scalar(moments.bias(one), one.weight))
             self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
-        assert one.optimizer is not None
-        if self.steps[one.optimizer] % self._refit == 0:
+        if due:
             one.refit(one.weight)
         if one.latent is not None:
             self._run(passes.deploy, one, self._context(one, terms), [one.weight, one.latent])
@@ -331,17 +346,3 @@ def _scalar(value: float | Tensor, weight: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(weight.device, dtype)
     return torch.full((), float(value), dtype=dtype, device=weight.device)
-
-
-def _creates_state(optimizer: Optimizer) -> bool:
-    """Whether this is torch.distributed.checkpoint's step that only creates state: rate 0, zero gradients, no state yet."""
-    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
-        return False
-    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
-    return not any(bool(local(gradient).any()) for gradient in gradients)
-
-
-def _overflowed(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler tells a fused optimizer to leave everything alone."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())

@@ -1,0 +1,119 @@
+"""AdamW: torch's, and for parameters under a method the update, the penalty, the rounded copy and the new weight in one pass over memory.
+
+Without a method it is `torch.optim.AdamW(fused=True)`: the same code, the same bits, the same state. A Run that knows the optimizer hands
+it a `Task` per parameter and step instead of working around it; the kernels follow the order of operations of torch's fused AdamW, fused
+multiply-adds included. (torch's default implementation differs from the fused one in a few last bits: it takes its square roots from a
+vector library that does not always round them correctly.)
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.optim import engines
+from stepwell.optim.engines import Arrays
+from stepwell.optim.task import Task, numbers_of
+
+Lists = list[list[Tensor]]
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW in one pass. Arguments, state and state dictionaries are those of `torch.optim.AdamW`, which is always fused here.
+
+    On the CPU, float32 parameters under `ste`, `lotion` and `ste + lotion` on symmetric and full integer grids with float32 scales are
+    stepped in one pass, in C where a compiler is found (compiled at first use, kept in the user's cache directory), else in numba (extra
+    `fast`). Everything else is stepped by torch, with the method's passes around it. The environment variable STEPWELL_KERNEL chooses
+    "c", "numba" or "none".
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`; parameters under amsgrad are stepped by torch.
+        foreach, capturable, differentiable, fused: there for torch's signature; only what a fused step on the CPU can do is accepted.
+
+    Raises:
+        ValueError: `foreach`, `capturable` or `differentiable` is true, or `fused` is False.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        for name, value, wrong in (
+            ("foreach", foreach, True), ("capturable", capturable, True), ("differentiable", differentiable, True), ("fused", fused, False),
+        ):  # fmt: skip
+            if value is wrong:
+                raise ValueError(
+                    f"`{name}` must not be {wrong}: got {name}={value} for an optimizer whose step is fused. Use torch.optim.AdamW."
+                )
+        self._tasks: dict[Tensor, Task] = {}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take back a state; one that another implementation saved goes on fused."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tasks = {}
+        for group in self.param_groups:
+            group.update(fused=True, foreach=None, capturable=False, differentiable=False)
+
+    @property
+    def kernel(self) -> str | None:
+        """What steps parameters under a method in one pass: "c", "numba", or None where this machine has neither."""
+        engine = engines.best()
+        return None if engine is None else engine.name
+
+    def serves(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> bool:
+        """Whether this optimizer can take a `Task` for a parameter of one of its groups, as both are now."""
+        data = parameter.detach()
+        plain = type(data) is Tensor and data.layout == torch.strided and data.device.type == "cpu" and data.dtype == torch.float32
+        return plain and data.is_contiguous() and data.numel() > 0 and not group["amsgrad"] and self.kernel is not None
+
+    def assign(self, tasks: dict[Tensor, Task]) -> None:
+        """Set what the next step does for parameters that it serves; an empty dictionary takes back what was set."""
+        self._tasks = tasks
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> bool:
+        """Collect what torch's step works on, as torch does, and step the parameters that have a task here instead."""
+        lists = [params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps]
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        if self._tasks:
+            rest = [k for k, parameter in enumerate(params_with_grad) if parameter not in self._tasks]
+            for parameter, gradient in zip(params_with_grad, grads, strict=True):
+                if parameter in self._tasks:
+                    self._step_one(group, parameter, gradient, self._tasks.pop(parameter))
+            for found in lists:
+                found[:] = [found[k] for k in rest] if found else []
+        return has_complex
+
+    def _step_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, task: Task) -> None:
+        """Do one parameter's step in one pass."""
+        engine, state = engines.best(), self.state[parameter]
+        assert engine is not None
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key].contiguous()  # as made here they are; what is loaded may be laid out otherwise
+        first, second, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        count += 1
+        shown, weight = (None, parameter) if task.latent is None else (parameter, task.latent)
+        arrays = Arrays(shown, weight, gradient.contiguous(), first, second, task.scales)
+        engines.run(engine, arrays, task.block, numbers_of(group, float(count), task))
+        torch.autograd.graph.increment_version([tensor for tensor in (shown, weight, first, second) if tensor is not None])

@@ -1,0 +1,69 @@
+"""One pass: parameters whose whole step `sw.optim.AdamW` makes itself, so that the Run makes no passes around it.
+
+What the optimizer can do is decided here anew at every step, by parameter; everything else goes through the hooks as with any optimizer.
+"""
+
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from stepwell.methods.lotion import Push
+from stepwell.optim import AdamW
+from stepwell.optim.task import Task
+from stepwell.run import moments
+from stepwell.run.managed import Managed
+from stepwell.run.passes import REACH
+
+
+def assign(optimizer: Optimizer, counted: Sequence[tuple[Managed, float]]) -> set[Managed]:
+    """Hand the optimizer the tasks of its next step, and return the records that it takes with them.
+
+    Args:
+        optimizer: about to step.
+        counted: its parameters with their loss terms; none takes back what was handed over.
+    """
+    if not isinstance(optimizer, AdamW):
+        return set()
+    found = {one: task for one, terms in counted if (task := task_of(one, terms)) is not None}
+    optimizer.assign({one.parameter: task for one, task in found.items()})
+    return set(found)
+
+
+def takes_all(managed: Sequence[Managed]) -> bool:
+    """Whether an optimizer makes the whole step of every parameter, as things are now."""
+    return all(isinstance(one.optimizer, AdamW) and _known(one) and one.optimizer.serves(one.parameter, one.group) for one in managed)
+
+
+def task_of(one: Managed, terms: float) -> Task | None:
+    """Return what a parameter's method asks of its optimizer's step, or None where the hooks must do it."""
+    optimizer = one.optimizer
+    if not isinstance(optimizer, AdamW) or not _known(one) or not optimizer.serves(one.parameter, one.group):
+        return None
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        return None  # a GradScaler speaks to torch's own step
+    fit, push, format = one.held_fit(one.source), one.method.push, one.grid.format
+    block = one.blocks(one.weight).shape[1]
+    scales = None if fit is None else fit.scale.to(one.weight).contiguous()
+    if not isinstance(push, Push):
+        return Task(format, block, one.latent, scales)
+    return Task(format, block, one.latent, scales, terms, push.strength, push.through_scale, REACH)
+
+
+def _known(one: Managed) -> bool:
+    """Whether the kernels know a parameter's method and grid, and its blocks lie one after the other in memory."""
+    method, grid = one.method, one.grid
+    if method.gradient is not None or method.prox is not None or not (method.deploy is None or method.deploys_nearest):
+        return False
+    if method.push is None:
+        known = method.deploy is not None
+    else:
+        known = isinstance(method.push, Push) and method.curvature is None and moments.exact(one.optimizer, one.group)
+    blocks, weight = one.blocks(one.weight), one.weight
+    return (
+        known
+        and grid.format.levels in ("symmetric", "full")
+        and (grid.scale_dtype, grid.compute) == ("fp32", None)
+        and isinstance(grid.rule, str)  # else the scale is a fixed number
+        and blocks.is_contiguous()
+        and blocks.data_ptr() == weight.data_ptr()
+    )
