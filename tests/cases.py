@@ -1,8 +1,9 @@
-"""The tables that laws run over: every format, every quantizer, and the weights they are tried on.
+"""The tables that laws run over: every format, every quantizer, every training method, and the weights they are tried on.
 
 `QUANTIZERS` is for `pytest.mark.parametrize`: a short list that has each idea once, then the full cross product marked slow.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import stepwell as sw
 from stepwell import formats
 from stepwell.formats import Format, integer
+from stepwell.methods.base import Method
 from stepwell.presets import fp4, fp8, intn, mxfp4, nvfp4, ternary
 from stepwell.quantizers import Quantizer
+from stepwell.schedules import exponential, linear, sigmoid
+from stepwell.train.quantize import recipe
 
 FORMATS = formats.formats()
 WEIGHT_FORMATS = tuple(format for format in FORMATS if format != formats.E8M0)  # e8m0 is for scales: it has no zero and no sign
@@ -49,6 +54,46 @@ def _every() -> list[Quantizer]:
 
 
 QUANTIZERS = (*REPRESENTATIVES, *(pytest.param(quantizer, marks=pytest.mark.slow) for quantizer in _every()))
+
+
+# Every training method by name, as a function of its grid. Loss terms: 16 rows of 4 outputs; schedules end within four steps.
+ANNEALED, TERMS = 4, 64
+METHODS: dict[str, Callable[[Quantizer], Method]] = {
+    "ste": sw.ste,
+    "clipped ste": lambda q: sw.ste(q, clip=0.8),
+    "lotion": lambda q: sw.lotion(q, loss_terms=TERMS),
+    "lotion, scale frozen": lambda q: sw.lotion(q, loss_terms=TERMS, through_scale=False),
+    "ste + lotion": lambda q: sw.lotion(q, loss_terms=TERMS, forward="nearest"),
+    "coupled": lambda q: sw.coupled(q, loss_terms=TERMS),
+    "coupled, nearest": lambda q: sw.coupled(q, loss_terms=TERMS, nearest=True),
+    "sampled": sw.sampled,
+    "prox": lambda q: sw.prox(q, strength=exponential(1, 1e9, steps=ANNEALED), loss_terms=TERMS),
+    "ste + prox": lambda q: sw.prox(q, strength=exponential(1, 1e9, steps=ANNEALED), loss_terms=TERMS, forward="nearest"),
+    "own curvature": lambda q: sw.fisher(sw.lotion(q, loss_terms=TERMS)),
+    "own curvature, prox": lambda q: sw.fisher(sw.prox(q, strength=exponential(1, 1e9, steps=ANNEALED), loss_terms=TERMS)),
+    "parq": lambda q: sw.parq(q, slope=sigmoid(1, 0, steps=ANNEALED)),
+    "binary relax": lambda q: sw.binary_relax(q, share=linear(0, 1, steps=ANNEALED)),
+    "soft": lambda q: sw.soft(q, temperature=linear(0.5, 0, steps=ANNEALED)),
+    "cage": lambda q: sw.cage(q, pull=linear(0, 10, begin=1, steps=ANNEALED - 1)),
+    "held scales": lambda q: sw.held(sw.ste(q)),
+    "held scales, lotion": lambda q: sw.held(sw.lotion(q, loss_terms=TERMS, forward="nearest")),
+    "lsq": sw.lsq,
+    "learned scales, parq": lambda q: sw.learned(sw.parq(q, slope=sigmoid(1, 0, steps=ANNEALED))),
+    "learned scales, latent": lambda q: sw.learned(sw.lotion(q, loss_terms=TERMS)),
+    "default": lambda q: recipe(q, steps=ANNEALED, loss_terms=TERMS),
+}
+OWN_SCALES = ("held scales", "held scales, lotion", "lsq", "learned scales, parq", "learned scales, latent")  # none with zero points
+ROUNDED = [
+    name
+    for name in METHODS
+    if name not in ("lotion", "lotion, scale frozen", "coupled", "own curvature", "learned scales, latent", "sampled")
+]
+
+GRIDS = (
+    intn(8, block=16), intn(4, block=32, levels="full"), intn(3, block="channel"), intn(2, block=16, levels="mid"), intn(2, block=None),
+    ternary(block=16), fp4(), mxfp4(), nvfp4(), intn(3, block=16, levels="full", scale_dtype="fp16"),
+    intn(4, levels="mid", scale_dtype="e8m0"), nvfp4(compute="bf16"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tests.cases import METHODS
 from tests.run.throwaway import everything
 from tests.run.training import OPTIMIZERS, batches, network, ones, train
 
@@ -51,6 +52,11 @@ CASES = {
     "lotion, sgd": Case(lambda model: sw.lotion(Q, curvature=ones(model)), "sgd momentum foreach"),
     "ste + lotion": Case(lambda model: sw.lotion(Q, loss_terms=64, forward="nearest"), "adam for-loop"),
     "ste + lotion, affine": Case(lambda model: sw.lotion(AFFINE, loss_terms=64, forward="nearest")),
+    **{f"every method: {name}": Case(lambda model, name=name: METHODS[name](Q)) for name in METHODS},
+    "default, e8m0": Case(lambda model: METHODS["default"](sw.intn(2, block=16, scale_dtype="e8m0"))),
+    "default, fused, later": Case(lambda model: METHODS["default"](sw.intn(3, block=16, levels="full")), "adamw fused", start=2),
+    "own curvature, sgd": Case(lambda model: METHODS["own curvature"](Q), "sgd momentum foreach"),
+    "lsq, frozen": Case(lambda model: sw.lsq(Q), frozen="2.weight"),
     **{name: Case(lambda model, name=name: everything(Q)[name]) for name in everything(Q)},
     "randomized, later": Case(lambda model: everything(Q)["randomized"], start=2),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tests.cases import seeded
+from tests.cases import METHODS, seeded
 from tests.run.throwaway import everything
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -47,6 +47,7 @@ def methods() -> dict[str, Method]:
         "searched": sw.ste(sw.intn(3, block=8, scale="mse", levels="affine")),
         "randomized": everything(Q)["randomized"],
         "learned scale": everything(Q)["learned scale"],
+        **{name: METHODS[name](Q) for name in ("lsq", "default", "own curvature", "sampled", "learned scales, latent")},
     }
 
 

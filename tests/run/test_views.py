@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.cases import METHODS as EVERY
 from tests.run.throwaway import everything
 from tests.run.training import QUANTIZED, batches, latents, network, same, train, weights
 
@@ -23,6 +24,7 @@ METHODS = {
     "lotion": sw.lotion(Q, loss_terms=64),
     "searched": sw.ste(sw.intn(3, block=8, scale="mse", levels="affine")),
     **everything(Q),
+    **{f"every method: {name}": make(Q) for name, make in EVERY.items()},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from stepwell import randomness
@@ -113,3 +114,11 @@ class Method(NamedTuple):
 def round_nearest(weight: Tensor, context: Context) -> Tensor:
     """Return the weight on its grid: the forward pass of straight-through training."""
     return context.quantizer.snap(weight, context.fitted(weight))
+
+
+def fitted_apart(weight: Tensor, context: Context) -> Fit:
+    """Return the scales of these rows, where compiled from a graph of their own: torch 2.13 fails on long ones (KeyError 'buf2')."""
+    fit = context.fitted(weight)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
+    return fit

@@ -7,7 +7,7 @@ itself wherever the loss is quadratic: what the smoothing adds is noise, not a f
 
 from torch import Tensor
 
-from stepwell.methods.base import Context, Method
+from stepwell.methods.base import Context, Method, fitted_apart
 from stepwell.methods.ste import check_quantizer
 from stepwell.quantizers import Quantizer
 from stepwell.rounding import pick
@@ -28,4 +28,4 @@ def sampled(quantizer: Quantizer) -> Method:
 
 def drawn(weight: Tensor, context: Context) -> Tensor:
     """Return one draw of randomized rounding."""
-    return pick(context.quantizer.enclose(weight, context.fitted(weight)), context.uniform(weight))
+    return pick(context.quantizer.enclose(weight, fitted_apart(weight, context)), context.uniform(weight))

@@ -6,17 +6,20 @@ Symbols: l = levels, D_k = l_k - l_{k-1}, theta_k = (l_k + l_{k-1}) / 2, Phi = s
 Differs: there it is a device of the theory at one temperature; the gradient passes straight through, as in the paper's STE.
 """
 
+import math
+
 import torch
 from torch import Tensor
-from torch.special import ndtr
 
 from stepwell import grids
-from stepwell.methods.base import Context, Method
+from stepwell.formats import Format
+from stepwell.methods.base import Context, Method, fitted_apart
 from stepwell.methods.ste import check_quantizer
 from stepwell.quantizers import Quantizer
 from stepwell.schedules import Schedule, scheduled
 
 HOTTEST = 0.5  # grid units, where psi_T of a uniform grid differs from a straight line by 0.2 % of a step
+SQRT2 = math.sqrt(2)
 NEAR = 3  # thresholds on either side that count: the next is 6 standard deviations away at the hottest, 1e-9 of a step
 MOST = 16  # levels of a grid with unequal steps, whose thresholds are visited one by one
 
@@ -41,21 +44,34 @@ def soft(quantizer: Quantizer, *, temperature: float | Schedule) -> Method:
 
 def smoothed(weight: Tensor, context: Context) -> Tensor:
     """Return what the forward pass sees at the step's temperature."""
-    quantizer, fit = context.quantizer, context.fitted(weight)
+    quantizer, fit = context.quantizer, fitted_apart(weight, context)
     units, format = fit.to_units(weight), quantizer.format
     temperature = context.scheduled["temperature"].clamp(torch.finfo(torch.float32).tiny, HOTTEST)
     target = grids.round_nearest(units, format)
+    lift = _lift_even(units, target, format, temperature) if format.uniform else _lift(units, target, format, temperature)
+    # without smoothing ties go where rounding takes them, not half way
+    return quantizer.deliver(target + lift * (context.scheduled["temperature"] > 0), fit)
+
+
+def _lift_even(units: Tensor, target: Tensor, format: Format, temperature: Tensor) -> Tensor:
+    """Return psi_T less the rounded weight for a grid of equal steps: each threshold above adds its share, each below takes it away."""
+    rest, lift = units - target, torch.zeros_like(units)
+    for step in range(NEAR):
+        above = _risen(rest - (step + 0.5), temperature) * (target <= format.high - step - 1)
+        below = _risen(-rest - (step + 0.5), temperature) * (target >= format.low + step + 1)
+        lift = lift + above - below
+    return lift
+
+
+def _lift(units: Tensor, target: Tensor, format: Format, temperature: Tensor) -> Tensor:
+    """Return the same for any grid, from all its thresholds."""
     lift = torch.zeros_like(units)
-    if format.uniform:
-        rest = units - target
-        for step in range(NEAR):
-            for sign in (1, -1):  # a threshold above takes the weight up, one below takes it down
-                exists = target <= format.high - step - 1 if sign > 0 else target >= format.low + step + 1
-                lift.add_(ndtr((sign * rest - (step + 0.5)) / temperature).mul_(exists), alpha=sign)
-    else:
-        for low, high in zip(format.values, format.values[1:], strict=False):
-            threshold = (low + high) / 2
-            risen = ndtr((units - threshold) / temperature).sub_((target >= high).to(units.dtype))
-            lift.add_(risen, alpha=high - low)
-    lift.mul_(context.scheduled["temperature"] > 0)  # without smoothing ties go where rounding takes them, not half way
-    return quantizer.deliver(target.add_(lift), fit)
+    for low, high in zip(format.values, format.values[1:], strict=False):
+        gained = _risen(units - (low + high) / 2, temperature) - (target >= high).to(units.dtype)
+        lift = lift + gained * (high - low)
+    return lift
+
+
+def _risen(distance: Tensor, temperature: Tensor) -> Tensor:
+    """Return Phi(distance / T)."""
+    return torch.erf(distance / (temperature * SQRT2)).add_(1).div_(2)

@@ -218,6 +218,7 @@ class Run:
         self._stepper.repair()
         for one, latent in state.frozen_latents(entries, self._managed):
             one.weight.copy_(latent)
+            self._stepper.prepare(one)
             one.begun, one.latent = False, None  # it begins again, with the others
         if step is not None:
             self._stepper.jump(optimizer, step)

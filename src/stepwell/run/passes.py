@@ -29,13 +29,15 @@ def deploy(method: Method, context: Context, parameter: Tensor, latent: Tensor) 
     """Take over the optimizer's result as the latent weight and write what the forward pass shall see."""
     assert method.deploy is not None
     latent.copy_(parameter)
-    parameter.copy_(method.deploy(wide(latent), context))
+    shown = method.deploy(wide(latent), context)  # on a line of its own: a graph may end inside
+    parameter.copy_(shown)
 
 
 def show(method: Method, context: Context, parameter: Tensor, latent: Tensor) -> None:
     """Write what the forward pass shall see, from the latent weight."""
     assert method.deploy is not None
-    parameter.copy_(method.deploy(wide(latent), context))
+    shown = method.deploy(wide(latent), context)
+    parameter.copy_(shown)
 
 
 def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor, deployed: Tensor) -> None:

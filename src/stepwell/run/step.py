@@ -62,7 +62,7 @@ class Stepper:
     def begin_run(self) -> None:
         """Create everything that a state dictionary holds, also for methods that start later: a checkpoint is read into what is there."""
         for one in self._managed:
-            self._prepare(one)
+            self.prepare(one)
         self.begin_due()
 
     @torch.inference_mode(False)
@@ -78,13 +78,13 @@ class Stepper:
     def begin(self, one: Managed) -> None:
         """Take the parameter's value as the weight to train, find its scales and deploy it."""
         if self._start:
-            self._prepare(one)
+            self.prepare(one)
         one.begun = True
         if one.method.deploy is not None:
             one.latent = one.weight.clone(memory_format=torch.preserve_format)
             self.show(one)
 
-    def _prepare(self, one: Managed) -> None:
+    def prepare(self, one: Managed) -> None:
         """Make the method's own tensors and search scales, from the parameter's value."""
         if one.method.init is not None:
             one.tensors = one.method.init(wide(one.blocks(one.weight)), one.grid)
