@@ -43,7 +43,7 @@ def at_rate(rows: Sequence[Row], rate: float = MIDDLE_RATE) -> list[Row]:
 def runs() -> list[Row]:
     """Return one row per network, scheme and bits: runs.csv at the middle rate, with what probes.csv and lotion.csv add.
 
-    LOTION was not run at 8 bits: NaN there.
+    LOTION was not run everywhere on the large networks: NaN there.
     """
     rows = at_rate(numbers("runs.csv"))
     if not rows:
