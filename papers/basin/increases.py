@@ -101,15 +101,14 @@ def write_removed(rows: list[Row]) -> None:
     for group in GROUPS:
         failures = failed(of_group(rows, group))
         for method, (label, _) in METHODS.items():
-            if method == "rtn" or not failures:
+            mine = [row for row in failures if not np.isnan(row[method])]
+            if method == "rtn" or not mine:
                 continue
-            within = sum(row[method] <= TOLERANCE for row in failures)
-            worse = sum(row[method] > row["rtn"] for row in failures)
-            share = interval(failures, median_removed(method))
-            table.append((group, label, len(failures), *share, within, *wilson(within, len(failures)), worse))
-            print(
-                f"{group}, {label}: removes {share[0]:.2f} ({share[1]:.2f} to {share[2]:.2f}), within tolerance {within} of {len(failures)}"
-            )
+            within = sum(row[method] <= TOLERANCE for row in mine)
+            worse = sum(row[method] > row["rtn"] for row in mine)
+            share = interval(mine, median_removed(method))
+            table.append((group, label, len(mine), *share, within, *wilson(within, len(mine)), worse))
+            print(f"{group}, {label}: removes {share[0]:.2f} ({share[1]:.2f} to {share[2]:.2f}), within {within} of {len(mine)}")
     header = ("group", "method", "rtn_failures", "removed_median", "low", "high", "within", "within_low", "within_high", "worse_than_rtn")
     write("increases_removed.csv", header, table)
 
