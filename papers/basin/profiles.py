@@ -31,7 +31,20 @@ def main() -> None:
             if mine:
                 table.append(summary(group, name, mine))
                 print(f"{group}, {LINES[name]}: power {table[-1][3]:.2f} ({table[-1][4]:.2f} to {table[-1][5]:.2f}) of {len(mine)} lines")
-    shape = ("power_median", "low", "high", "power_10", "power_90", "powers_fitted", "ratio_median", "ratio_low", "ratio_high")
+    shape = (
+        "power_median",
+        "low",
+        "high",
+        "power_10",
+        "power_90",
+        "powers_fitted",
+        "ratio_median",
+        "ratio_low",
+        "ratio_high",
+        "ratio_10",
+        "ratio_90",
+        "ratios",
+    )
     write("profiles_shape.csv", ("group", "line", "lines", *shape, "barriers", "falls", "largest_barrier", "largest_fall"), table)
     draw(rows)
 
@@ -42,11 +55,12 @@ def rise(row: Row) -> Array:
 
 
 def power(row: Row) -> float:
-    """Return the fitted power; NaN where the line does not end above its start."""
+    """Return the fitted power; NaN where the line does not end above its start, or dips below it first."""
     return float(row["exponent"]) if rise(row)[10] > SMALL else np.nan
 
 
 def doubling(row: Row) -> float:
+    """Return S(1) - S(0) over S(.5) - S(0); NaN where one of them is not above the start."""
     values = rise(row)
     return float(values[10] / values[5]) if values[10] > SMALL and values[5] > 0 else np.nan
 
@@ -61,11 +75,23 @@ def median(of: Callable[[Row], float]) -> Callable[[Sequence[Row]], float]:
 
 def summary(group: str, name: str, rows: list[Row]) -> tuple[object, ...]:
     powers = np.array([power(row) for row in rows])
-    fitted = powers[~np.isnan(powers)]
-    spread = np.percentile(fitted, (10, 90)) if len(fitted) else (np.nan, np.nan)
+    ratios = np.array([doubling(row) for row in rows])
+    fitted, ratios = powers[~np.isnan(powers)], ratios[~np.isnan(ratios)]
+    spread, wide = (np.percentile(values, (10, 90)) if len(values) else (np.nan, np.nan) for values in (fitted, ratios))
     barriers, falls = np.array([row["barrier"] for row in rows]), np.array([row["defect"] for row in rows])
     ends: tuple[object, ...] = (int((barriers > SMALL).sum()), int((falls > SMALL).sum()), barriers.max(), falls.max())
-    return group, name, len(rows), *interval(rows, median(power)), *spread, len(fitted), *interval(rows, median(doubling)), *ends
+    return (
+        group,
+        name,
+        len(rows),
+        *interval(rows, median(power)),
+        *spread,
+        len(fitted),
+        *interval(rows, median(doubling)),
+        *wide,
+        len(ratios),
+        *ends,
+    )
 
 
 def draw(rows: list[Row]) -> None:
