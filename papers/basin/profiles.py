@@ -2,8 +2,9 @@
 
 Left: increase along float -> RTN over its end value, where RTN fails; dashed lines are powers 2 and 8. Middle: fitted power of every line.
 Right: float -> QAT and RTN -> QAT at RTN failures. S(1) - S(0) over S(.5) - S(0) is 4 for a quadratic; a floor with a wall gives much more.
-BatchNorm statistics are frozen along a line. Writes results/profiles_shape.svg and profiles_shape.csv. Skipped where results/profiles.csv
-is not there.
+Three shapes with two numbers each are fitted to a line by least squares: a power c a^p, a floor with a linear wall c max(0, a - a0), and a
+floor with a quadratic wall. BatchNorm statistics are frozen along a line. Writes results/profiles_shape.svg, profiles_shape.csv and
+profiles_fits.csv. Skipped where results/profiles.csv is not there.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ def main() -> None:
         "ratios",
     )
     write("profiles_shape.csv", ("group", "line", "lines", *shape, "barriers", "falls", "largest_barrier", "largest_fall"), table)
+    write_fits(rows)
     draw(rows)
 
 
@@ -92,6 +94,38 @@ def summary(group: str, name: str, rows: list[Row]) -> tuple[object, ...]:
         len(ratios),
         *ends,
     )
+
+
+def fits(row: Row) -> dict[str, tuple[float, float]]:
+    """Return shape -> (its second number, root mean square residual over the increase at the end)."""
+    values = rise(row)[:11]
+    a, found = POSITIONS[:11], {}
+    shapes = {
+        "power": (np.linspace(0.3, 12, 235), lambda p: a**p),
+        "linear wall": (np.linspace(0, 0.95, 96), lambda a0: np.maximum(0, a - a0)),
+        "quadratic wall": (np.linspace(0, 0.95, 96), lambda a0: np.maximum(0, a - a0) ** 2),
+    }
+    for name, (grid, shape) in shapes.items():
+        basis = np.array([shape(x) for x in grid])
+        scale = basis @ values / (basis**2).sum(1)
+        errors = np.sqrt(((values - scale[:, None] * basis) ** 2).mean(1)) / values[10]
+        best = int(errors.argmin())
+        found[name] = (float(grid[best]), float(errors[best]))
+    return found
+
+
+def write_fits(rows: list[Row]) -> None:
+    """Write, per group, how well each shape fits float -> RTN, which fits best, and how wide the floors are."""
+    table = []
+    for group in GROUPS:
+        mine = [fits(row) for row in of_group(rows, group) if row["line"] == "rtn"]
+        for name in mine[0] if mine else ():
+            best = sum(min(one, key=lambda shape, one=one: one[shape][1]) == name for one in mine)  # type: ignore[misc]
+            second, errors = np.array([one[name] for one in mine]).T
+            table.append((group, name, len(mine), best, *np.percentile(errors, (50, 90)), *np.percentile(second, (50, 10, 90))))
+            print(f"{group}: {name} fits best in {best} of {len(mine)}, residual {table[-1][4]:.3f}, number {table[-1][6]:.2f}")
+    header = ("group", "shape", "lines", "best_in", "residual_median", "residual_90", "p_or_a0_median", "p_or_a0_10", "p_or_a0_90")
+    write("profiles_fits.csv", header, table)
 
 
 def draw(rows: list[Row]) -> None:
