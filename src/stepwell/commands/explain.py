@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PAGE_FILE, RESULTS_FILE = "explain.html", "explain.json"
 BATCHES = 12  # a third of them calibrates
 TRIALS = 2  # the first evaluation on a new number of threads is slow
+WORTH = 0.8  # of the time of one thread, from which more threads are worth it
 MODEL = "What to explain: module:function or file.py:function that returns (model, loss, batches), or a Hugging Face folder."
 
 
@@ -204,7 +205,7 @@ def _fastest(subject: "Subject", threads: int) -> tuple[int, float]:
             times[count] = min(_timed(subject) for _ in range(TRIALS))
     finally:
         torch.set_num_threads(threads)
-    best = min(times, key=lambda count: times[count])
+    best = threads if times[threads] < WORTH * times[1] else 1
     return best, times[best]
 
 

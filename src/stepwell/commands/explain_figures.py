@@ -68,7 +68,7 @@ def ratios(explanation: Explanation, scheme: str) -> Figure:
             label=f"Grid-to-basin ratios against bits per weight, {scheme}",
         ),
         f"Above 1 a ratio says that rounding leaves the basin; rho_fn is right about RTN in {right} of {len(reports)} cases here. "
-        "rho_self is above 1 exactly where rounding fails: a margin, not a prediction.",
+        "rho_self is above 1 where rounding fails by its definition: a margin, not a prediction.",
         Table(["bits", *(name for name, *_ in kinds), "RTN increase", "RTN fails"], rows, "Gray zone in other networks: 0.77 to 1.7."),
     )
 

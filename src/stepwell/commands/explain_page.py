@@ -46,7 +46,7 @@ def _findings(explanation: Explanation) -> list[Finding]:
     """Return the headlines: what to do at every width, then what the closer look found."""
     reports = list(explanation.grids)
     if len(reports) > MOST_FINDINGS:
-        reports = [report for report in reports if not report.rtn.within][:MOST_FINDINGS] or reports[-1:]
+        reports = [report for report in reports if report.verdict.method != "RTN"][:MOST_FINDINGS] or reports[-1:]
     found = [
         Finding(
             f"{named(report, explanation)}: {VERDICTS[report.verdict.method]}",
@@ -76,14 +76,14 @@ def _verdicts(explanation: Explanation) -> Section:
                 one.safe or "none", f"{one.hit_rate:.0%}", f"{one.cost.forward} + {one.cost.backward} backward",
             ]
         )  # fmt: skip
-        why += [[named(report, explanation), reason] for reason in one.reasons]
+        why.append([named(report, explanation), "; ".join(one.reasons) + "."])
     columns = ["grid", "verdict", "expected increase", "interval", "surely enough", "right elsewhere", "passes of its probes"]
     return Section(
         "What to do",
         paragraphs=[explanation.worth],
         tables=[
             Table(columns, rows, "“Surely enough” is the cheapest method whose whole interval is within tolerance."),
-            Table(["grid", "why"], why, "The reasons.", grouped=True),
+            Table(["grid", "why"], why, "The reasons."),
         ],
     )
 
