@@ -16,7 +16,7 @@ BLOCK, TERMS = 16, 64  # loss terms: 16 rows of 4 outputs
 
 
 @pytest.mark.parametrize("clip", [None, 0.8])
-@pytest.mark.parametrize("optimizer", ["adamw for-loop", "adamw foreach", "adamw fused", "sgd momentum foreach"])
+@pytest.mark.parametrize("optimizer", ["adamw for-loop", "adamw foreach", "adamw fused", "stepwell adamw", "sgd momentum foreach"])
 def test_ste_equals_plain_straight_through_bit_for_bit(optimizer, clip):
     """0.8: clipping at the whole range would never bind, since the largest weight of a block sets it."""
     model, reference, data = network(), network(), batches(100)

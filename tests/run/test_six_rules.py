@@ -122,7 +122,7 @@ def closure_of(model, optimizer, inputs, targets, seen=None):
 
 
 @every_method
-@pytest.mark.parametrize("optimizer", ["adamw for-loop", "adamw foreach", "adamw fused", "adam for-loop", "radam"])
+@pytest.mark.parametrize("optimizer", ["adamw for-loop", "adamw foreach", "adamw fused", "stepwell adamw", "adam for-loop", "radam"])
 def test_step_with_a_closure_equals_step_after_backward(method, optimizer):
     results, losses = [], []
     for closure in (False, True):
@@ -386,9 +386,9 @@ def test_curvature_that_fails_at_one_parameter_leaves_none_half_way():
 
 
 @every_method
-@pytest.mark.parametrize("fused", [True, False])
-def test_step_that_a_grad_scaler_skips_changes_nothing(method, fused):
-    model, optimizer, run = attached(method, "adamw fused" if fused else "adamw for-loop")
+@pytest.mark.parametrize("kind", ["adamw for-loop", "adamw fused", "stepwell adamw"])
+def test_step_that_a_grad_scaler_skips_changes_nothing(method, kind):
+    model, optimizer, run = attached(method, kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for k, (inputs, targets) in enumerate(batches(5)):
         optimizer.zero_grad()

@@ -64,6 +64,7 @@ OPTIMIZERS = {
     "adamw for-loop": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "stepwell adamw": lambda p: sw.optim.AdamW(p, lr=0.01),
     "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
 }

@@ -62,14 +62,14 @@ def _kept(compiler: str, flags: tuple[str, ...], target: Path) -> ctypes.CDLL | 
         handle, draft = tempfile.mkstemp(suffix=".so", dir=target.parent)
         os.close(handle)
         try:
-            if not _compile(compiler, flags, Path(draft)):
-                return None
-            os.replace(draft, target)
+            loaded = _load(Path(draft)) if _compile(compiler, flags, Path(draft)) else None
+            if loaded is not None:
+                os.replace(draft, target)
         finally:
             Path(draft).unlink(missing_ok=True)
     except OSError:  # a directory that cannot be written to
         return None
-    return _load(target)
+    return loaded
 
 
 def _fleeting(compiler: str, flags: tuple[str, ...], name: str) -> ctypes.CDLL | None:
