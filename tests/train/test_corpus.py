@@ -32,6 +32,14 @@ def test_every_tenth_file_is_test_and_every_fifth_of_ten_validation(library):
     assert corpus.files == (19, 2, 2)
 
 
+def test_the_whole_library_has_its_tests_and_no_other_packages(library):
+    plain, whole = load_corpus(library), load_corpus(library, whole=True)
+    # two files of 50 bytes more, "pack/tests/y.py" and "test/test_x.py"; what a build generates and what others installed stay out
+    assert sum(whole.files) == sum(plain.files) + 2
+    assert sum(map(len, whole[:3])) == sum(map(len, plain[:3])) + 100
+    assert whole.digest != plain.digest
+
+
 def test_digest_is_of_paths_and_contents(library):
     before = load_corpus(library).digest
     assert load_corpus(library).digest == before

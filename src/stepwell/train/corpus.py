@@ -1,7 +1,8 @@
 """Corpus: the sources of the interpreter's own standard library as bytes, the text on which small language models train here.
 
 Nothing is downloaded. The text depends on the interpreter, so results name its digest. Left out is what differs between installations of
-one version: tests, programs with a window, tools for packaging, and files that a build generates.
+one version: tests, programs with a window, tools for packaging, and files that a build generates. On request the first three are in:
+three times the text, where its reader's own interpreter is all that counts.
 """
 
 import hashlib
@@ -16,10 +17,9 @@ from torch import Tensor
 VALUES = 256  # of a byte
 EVERY = 10  # files: one of ten is held out for the test, another for validation
 TEST, VALIDATION = 9, 4  # which of the ten
-LEFT_OUT = frozenset(
+ALWAYS_OUT = frozenset(("site-packages", "dist-packages", "__pycache__"))
+LEFT_OUT = ALWAYS_OUT | frozenset(
     (
-        "site-packages",
-        "dist-packages",
         "test",
         "tests",
         "idlelib",
@@ -28,7 +28,6 @@ LEFT_OUT = frozenset(
         "lib2to3",
         "distutils",
         "ensurepip",
-        "__pycache__",
     )
 )
 GENERATED = "_sysconfigdata"
@@ -50,17 +49,19 @@ class Corpus(NamedTuple):
     digest: str
 
 
-def load_corpus(folder: Path | None = None) -> Corpus:
+def load_corpus(folder: Path | None = None, *, whole: bool = False) -> Corpus:
     """Return the Python sources below a folder: of every ten files, the tenth is test data, the fifth validation, the rest training.
 
     Args:
         folder: None is the standard library of the running interpreter.
+        whole: take tests, programs with a window and tools for packaging as well, which installations may lack.
 
     Raises:
         FileNotFoundError: fewer than ten sources there, as where the standard library lies in an archive.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else Path(folder)
-    sources = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if _wanted(path.relative_to(root)))
+    left_out = ALWAYS_OUT if whole else LEFT_OUT
+    sources = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if _wanted(path.relative_to(root), left_out))
     if len(sources) < EVERY:
         raise FileNotFoundError(
             f"`folder` must hold at least {EVERY} Python sources: got {len(sources)} below {root}. Name another folder."
@@ -114,9 +115,9 @@ def byte_batches(text: Tensor, *, size: int, length: int, steps: int, seed: int)
         yield _cut(text, torch.randint(len(text) - length, (size,), generator=generator), length)
 
 
-def _wanted(path: Path) -> bool:
+def _wanted(path: Path, left_out: frozenset[str]) -> bool:
     """Say whether a file, relative to the library's folder, belongs to the corpus."""
-    return not (LEFT_OUT & set(path.parts[:-1]) or path.name.startswith(GENERATED))
+    return not (left_out & set(path.parts[:-1]) or path.name.startswith(GENERATED))
 
 
 def _cut(text: Tensor, starts: Tensor, length: int) -> Tensor:
