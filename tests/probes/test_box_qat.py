@@ -10,7 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 import stepwell as sw
+from stepwell.formats import integer
 from stepwell.probes.grid import grid
+from stepwell.quantizers import Quantizer
 
 
 class Round(torch.autograd.Function):
@@ -127,3 +129,11 @@ def test_options_out_of_range_are_refused(options):
         with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
             sw.probes.control(row([0.4]), loss, around=UNIT, **options)
     assert loss.calls == 0
+
+
+def test_a_step_without_a_finite_gradient_is_left_out():
+    """Rounding takes the smaller weight to 0, where 1 / |w| is infinite: no step can be made, and the weights stay what they were."""
+    layer = row([1.0, 0.2])
+    found = sw.probes.box_qat(layer, lambda model: 1 / model.weight.abs().min(), around=Quantizer(integer(2), rule=1.0), steps=4)
+    assert (found.before, found.loss, found.within, found.changed) == (math.inf, math.inf, False, 0.0)
+    assert torch.equal(found.latent["weight"], layer.weight)

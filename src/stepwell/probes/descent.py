@@ -52,6 +52,8 @@ def descend(
         if step == last:
             break
         _, gradients = stage.gradient(None if train is None else _at(train, step))
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            continue  # as a GradScaler does: the step is left out, and the weights stay numbers
         for name, gradient in gradients.items():
             latent[name].grad = gradient
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
