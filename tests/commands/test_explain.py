@@ -75,6 +75,11 @@ def no_data():
 
 def pair():
     return raw()[:2]
+
+def overflowing():
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 0.2]])
+    return model, lambda m, b: 1 / m.weight.abs().min() + 0 * m(b).sum(), [torch.ones(1, 2)] * 3
 """
 FAST = ["--bits", "8,2", "--quick", "--tolerance", "0.1"]
 
@@ -222,6 +227,16 @@ def test_the_table_fits_80_columns_and_names_the_page(run, tmp_path):
     assert [row.split()[0] for row in rows[2:]] == ["8", "2"]
     assert "forward and" in out
     assert str(tmp_path / "there" / PAGE_FILE) in " ".join(out.split())
+
+
+def test_a_loss_that_overflows_leaves_gaps(run, tmp_path):
+    """Rounding to ternary makes the smaller weight 0, and the loss infinite there."""
+    code, out, error = run("subject_of_explain:overflowing", "--bits", "2", "--quick", "--json")
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["grids"][0]["rounded"][0]["loss"] is None
+    assert "nan%" not in (tmp_path / "out" / "explain" / PAGE_FILE).read_text()
+    assert "+inf" in run("subject_of_explain:overflowing", "--bits", "2", "--quick")[1]
 
 
 def test_a_language_model_is_explained_on_a_text(run, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import statistics
+import warnings
 
 import pytest
 import torch
@@ -338,3 +339,17 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(net, change, er
     with pytest.raises(error, match=words):
         measure(net, arguments.pop("loss"), arguments.pop("batches"), **arguments, progress=lambda part, done: told.append(part))
     assert set(told) <= {"checks"}
+
+
+def test_a_hessian_without_any_input_is_reported_in_the_notes(net):
+    """Inputs that are all zero: GPTQ rounds that layer to nearest, and says so."""
+    blank = [(torch.zeros(8, 16), batch[1][:8]) for batch in BATCHES]
+    with pytest.warns(match="another") as caught:  # others' warnings pass
+        explanation = measure(net, warning, blank, quantizers=[GRIDS[1]], effort=TINY)
+    assert {str(one.message) for one in caught} == {"another warning"}
+    assert [note for note in explanation.notes if note.startswith("The Hessian of '0.weight' is zero")]
+
+
+def warning(model, batch):
+    warnings.warn("another warning", stacklevel=1)
+    return entropy(model, batch)

@@ -1,5 +1,6 @@
 """What `stepwell explain` prints: a table per scheme that fits 80 columns, and what it took."""
 
+from stepwell.advice.reasons import HOW
 from stepwell.commands.explain_words import VERDICTS, aligned, near, worst
 from stepwell.explain.records import Explanation, GridReport
 
@@ -54,6 +55,8 @@ def _row(report: GridReport, tolerance: float) -> dict[str, object]:
 def _note(reports: list[GridReport], explanation: Explanation) -> str:
     """Return what the closer look says."""
     words = ["searched: the better of scales searched without and with curvature; expected: with a 90 % interval."]
+    if any("train" in (report.verdict.method, report.verdict.safe) for report in reports):
+        words.append(f"train: {HOW.removeprefix('train ')}")
     for report in reports:
         if report.closer is not None:
             words += [f"{report.bits} bits: {worst(report)}", f"{report.bits} bits: {near(report, explanation)}"]

@@ -78,6 +78,8 @@ def damage(report: GridReport) -> str:
     total = sum(max(one.alone, 0.0) for one in layers)
     if total <= 0:
         return "No weight raises the loss when it alone is rounded."
+    if not math.isfinite(total + together):
+        return f"{layers[0].name} does the most damage; the loss overflows, so shares cannot be given."
     return (
         f"{worst(report)} The increases of {len(layers)} single weights sum to {signed(total)}, of which it has "
         f"{max(layers[0].alone, 0.0) / total:.0%}; all at once cost {signed(together)}, {'more' if together > total else 'less'} than "

@@ -1,6 +1,8 @@
 """measure: why rounding fails on a model, grid by grid, and what will work, as records that a page or a program can read."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -69,12 +71,13 @@ def measure(
     with tally.part("checks"):
         data, base, beyond = _checked(model, counted, parts, grids[0].rows, names)
     asked = _Asked(tolerance, effort, beyond)
-    found = _all_rounded(model, data, grids, tally, asked, names)
+    with _collected() as warned:
+        found = _all_rounded(model, data, grids, tally, asked, names)
     ratios = _ratios(model, data, [one.points["RTN"] for one in found], tally, asked)
     with tally.part("lines"):
         lines = [segment(model, data.measuring, toward=one.points["RTN"], positions=effort.positions) for one in found]
     closer = _closer(model, data, grids, found, tally, asked)
-    with tally.part("advice"):
+    with tally.part("advice"), _collected():  # GPTQ runs there again, and says the same
         advice = advise(
             model, counted, parts.measuring, calibration=parts.calibrating, quantizers=quantizers, tolerance=tolerance, skip=skip
         )
@@ -89,7 +92,7 @@ def measure(
         batches=(len(parts.calibrating), len(parts.measuring)),
         grids=tuple(_reports(grids, found, ratios, lines, advice, closer)),
         worth=advice.notes[-1],
-        notes=(parts.note, *_notes(model, beyond)),
+        notes=(parts.note, *_notes(model, beyond), *warned),
         spent=tally.spent,
         effort=effort.name,
     )
@@ -234,6 +237,20 @@ def _reports(
         )
         for k, grid in enumerate(grids)
     ]
+
+
+@contextmanager
+def _collected() -> Iterator[list[str]]:
+    """Give what is warned about a Hessian inside as sentences afterwards; other warnings go their way then."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        yield found
+    for one in caught:
+        text = str(one.message)
+        if text.startswith("the Hessian of"):
+            found += [text[0].upper() + text[1:]] if text[0].upper() + text[1:] not in found else []
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def _notes(model: nn.Module, beyond: frozenset[str]) -> list[str]:
