@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from stepwell import randomness
 from stepwell.methods.base import Context
 from stepwell.run import fused, moments, onepass, passes
-from stepwell.run.managed import Managed, local, wide
+from stepwell.run.managed import SCALE, Managed, local, wide
 from stepwell.run.phases import Phase, creates_state, overflowed
 from stepwell.schedules import value_at
 
@@ -133,6 +133,8 @@ class Stepper:
             kept = one.blocks(same & (weight != 0)).any(1, keepdim=True).expand_as(one.blocks(weight))
             blocks = torch.where(one.blocks(same) & kept, one.blocks(one.latent), one.blocks(weight))
             one.latent = one.unblock(blocks).clone(memory_format=torch.contiguous_format)
+            if SCALE in one.tensors and not bool(kept.any()):  # not one block is the old one: these are other weights
+                self.prepare(one)
         if not torch.equal(one.rounded().to(weight), weight):  # weights that lie on the scales held for them keep these scales
             one.refit(one.source)
         self.show(one)
