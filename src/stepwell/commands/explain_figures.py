@@ -12,6 +12,7 @@ METHODS = {"RTN": 1, "MSE scales": 5, "curvature scales": 3, "GPTQ": 2}  # colou
 SHOWN_LAYERS = 12
 LOG_FROM = 8.0  # ratio of the largest to the smallest loss from which a logarithmic axis shows more
 NAME_LENGTH = 26
+LIMIT_FROM = 0.25  # share of the tolerance from which bars reach far enough to be compared with it
 
 
 def losses(explanation: Explanation, scheme: str, unit: str) -> Figure:
@@ -110,12 +111,13 @@ def layers(report: GridReport, explanation: Explanation, unit: str) -> Figure:
         Bars("taken off if left in float", [_finite(one.removed) for one in worst], 2),
     ]
     rows: list[list[Cell]] = [[one.name, one.weights, one.alone, one.removed] for one in report.closer.layers]
+    largest = max((bar for group in groups for bar in group.values if math.isfinite(bar)), default=0.0)
     drawn = draw_bars(
         [shortened(one.name) for one in worst],
         groups,
         axis=Axis(f"change of the loss ({unit})"),
         label="Damage by weight",
-        limit=(explanation.tolerance, "tolerance"),
+        limit=(explanation.tolerance, "tolerance") if largest > LIMIT_FROM * explanation.tolerance else None,
     )
     shown = "" if len(worst) == len(rows) else f" The {len(worst)} worst of {len(rows)} are shown."
     return Figure(
@@ -233,14 +235,13 @@ def bits_axis(reports: Sequence[GridReport]) -> Axis:
 
 
 def shortened(name: str) -> str:
-    """Return a parameter's name short enough for an axis; the table has it whole.
+    """Return a parameter's name short enough for an axis, its end rather than its beginning; the table has it whole.
 
     >>> shortened("model.layers.11.self_attn.q_proj.weight")
-    'model.layer…elf_attn.q_proj'
+    '…ayers.11.self_attn.q_proj'
     """
     name = name.removesuffix(".weight")
-    half = NAME_LENGTH // 2
-    return name if len(name) <= NAME_LENGTH else f"{name[: half - 2]}…{name[-(half + 2) :]}"
+    return name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
 
 
 def _best(report: GridReport) -> str:

@@ -151,8 +151,8 @@ def _closer(subject: Subject, explanation: Explanation, report: GridReport) -> S
         figures=[
             layers(report, explanation, subject.unit),
             searches(report, explanation, subject.unit),
-            gradients(report, explanation),
             *slices(report, explanation),
+            gradients(report, explanation),
         ],
         tables=[
             Table(["rank", "weight", "elements", "increase if rounded alone", "taken off if left in float"], ranked, "The worst weights.")

@@ -120,14 +120,14 @@ def inward(report: GridReport) -> str:
         f"{first.cosine / first.random:.1f} times the size that a random direction has ({first.random:.2g}); at the float weights "
         f"themselves it is {first.latent_cosine:.3g}. After {report.closer.searches[1].evaluations} steps of training inside the box it is "
         f"{later.cosine:.3g} at the deployed and {later.latent_cosine:.3g} at the latent weights. A positive sign alone is no evidence "
-        "of a wall: on any convex slice it is positive. What counts is its size, and that the latent weights do not show it."
+        "of a wall: on any convex slice it is positive. What tells is the size, beside the random level and the latent weights."
     )
 
 
 def line(report: GridReport) -> str:
     """Say how the loss grows from the float to the rounded weights."""
     exponent, barrier = report.line.exponent, report.line.barrier
-    if exponent != exponent:  # NaN: the line does not rise throughout
+    if math.isnan(exponent):
         return f"at {report.bits} bits it does not rise throughout"
     shape = "as a quadratic bowl would (2)" if 1.7 <= exponent <= 2.4 else "flatter, then steeper" if exponent > 2.4 else "steep at once"
     hill = f", over a barrier of {signed(barrier)}" if barrier > 0.001 else ""

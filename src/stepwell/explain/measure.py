@@ -54,8 +54,8 @@ def measure(
         progress: called with the part and the passes so far at every batch.
 
     Returns:
-        The explanation: losses after rounding, ratios, lines and verdicts for every grid, a closer look for the widest grid of every scheme
-        on which rounding fails (the narrowest if it never does), and what it took.
+        Losses after rounding, ratios, lines and a verdict for every grid; a closer look for the widest grid of every scheme on which
+        rounding fails (the narrowest if it never does); what it took.
 
     Raises:
         TypeError: something of another kind where a quantizer, batches or a loss belong.
@@ -63,8 +63,7 @@ def measure(
             a layer (which is named), nothing to quantize, a tolerance that is not positive. All of it before anything is measured.
     """
     check_tolerance(tolerance)
-    grids = _plans(model, quantizers, skip)
-    parts = divide(batches, None)
+    grids, parts = _plans(model, quantizers, skip), divide(batches, None)
     tally = Tally(len(parts.measuring) + (0 if parts.calibrating is parts.measuring else len(parts.calibrating)), progress)
     counted = tally.counted(loss)
     names = list(dict.fromkeys(row.name for grid in grids for row in grid.rows))
