@@ -1,5 +1,7 @@
 """`stepwell explain`: the page and its numbers are what was measured; bad input is one line, exit code 2, and nothing is written."""
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -7,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepwell import cli
 from stepwell.commands.explain import PAGE_FILE, RESULTS_FILE, parse_bits, parse_schemes, quantizer
@@ -134,9 +137,6 @@ def once(tmp_path_factory):
     patch.chdir(folder)
     patch.setattr(sys, "path", list(sys.path))
     patch.setattr(sys, "argv", ["stepwell", "explain", "subject_of_explain:net", *FAST, "--schemes", "channel-mse,tensor-absmax", "--json"])
-    import contextlib
-    import io
-
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), pytest.raises(SystemExit) as left:
         cli.main()
@@ -169,6 +169,8 @@ def test_results_hold_everything_that_was_promised(once):
         assert verdict["method"] in ("RTN", "GPTQ", "train", "not reachable", "uncertain")
         assert verdict["low"] <= verdict["predicted"] <= verdict["high"]
         assert verdict["reasons"]
+        assert set(verdict["cost"]) == {"forward", "backward"}
+        assert verdict["estimates"][0]["method"] == "RTN"
         assert 0 < verdict["hit_rate"] <= 1
     closer = [grid["closer"] for grid in results["grids"] if grid["closer"]]
     assert len(closer) == 2  # one per scheme
@@ -176,6 +178,7 @@ def test_results_hold_everything_that_was_promised(once):
         assert {"layers", "searches", "inward", "latent", "plane", "gptq_line", "quadratic"} == set(one)
         assert [search["method"] for search in one["searches"]] == ["flip search", "box QAT"]
     assert results["spent"][-1]["part"] == "advice"
+    assert results["cost"]["forward"] == pytest.approx(sum(one["forward"] for one in results["spent"]))
     assert "On held-out data of" in results["worth"]
 
 
@@ -218,6 +221,7 @@ def test_the_page_works_offline(once):
 
 
 def test_the_table_fits_80_columns_and_names_the_page(run, tmp_path):
+    threads = torch.get_num_threads()
     code, out, error = run("subject_of_explain:net", *FAST, "--out", tmp_path / "there")
     assert code == 0, error
     head, *_ = (index for index, line in enumerate(out.splitlines()) if line.startswith("bits"))
@@ -226,6 +230,7 @@ def test_the_table_fits_80_columns_and_names_the_page(run, tmp_path):
     assert all(word in rows[0] for word in ("RTN", "searched", "GPTQ", "rho", "verdict", "expected"))
     assert [row.split()[0] for row in rows[2:]] == ["8", "2"]
     assert "forward and" in out
+    assert torch.get_num_threads() == threads  # the command looks for the fastest number and puts back what was
     assert str(tmp_path / "there" / PAGE_FILE) in " ".join(out.split())
 
 
@@ -241,7 +246,6 @@ def test_a_loss_that_overflows_leaves_gaps(run, tmp_path):
 
 def test_a_language_model_is_explained_on_a_text(run, tmp_path):
     transformers = pytest.importorskip("transformers")
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

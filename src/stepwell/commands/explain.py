@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,8 +167,6 @@ def run(subject: "Subject", grids: list["Quantizer"], tolerance: float, effort: 
 
 def as_results(subject: "Subject", explanation: "Explanation") -> dict[str, Any]:
     """Return everything that was measured, as names and numbers."""
-    from dataclasses import asdict
-
     from stepwell.commands.explain_tables import summary
 
     return {
@@ -175,8 +174,18 @@ def as_results(subject: "Subject", explanation: "Explanation") -> dict[str, Any]
         "unit": subject.unit,
         "facts": dict(subject.facts),
         "summary": [summary(report) for report in explanation.grids],
-        **asdict(explanation),
+        "cost": {"forward": explanation.forward, "backward": explanation.backward, "seconds": explanation.seconds},
+        **as_mapping(explanation),
     }
+
+
+def as_mapping(value: Any) -> Any:
+    """Return records as mappings, dataclasses and named tuples alike, whatever they are inside of."""
+    if hasattr(value, "_asdict"):
+        return {name: as_mapping(item) for name, item in value._asdict().items()}
+    if is_dataclass(value):
+        return {field.name: as_mapping(getattr(value, field.name)) for field in fields(value)}
+    return [as_mapping(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def dumped(results: dict[str, Any]) -> str:
