@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from stepwell.optim import engines
 from stepwell.optim.engines import Arrays
-from stepwell.optim.task import Task, numbers_of
-
-Lists = list[list[Tensor]]
+from stepwell.optim.task import Cache, Task
 
 
 class AdamW(torch.optim.AdamW):
@@ -75,9 +73,9 @@ class AdamW(torch.optim.AdamW):
 
     def serves(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> bool:
         """Whether this optimizer can take a `Task` for a parameter of one of its groups, as both are now."""
-        data = parameter.detach()
-        plain = type(data) is Tensor and data.layout == torch.strided and data.device.type == "cpu" and data.dtype == torch.float32
-        return plain and data.is_contiguous() and data.numel() > 0 and not group["amsgrad"] and self.kernel is not None
+        plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype == torch.float32  # no shards, no subclasses
+        laid_out = plain and parameter.layout == torch.strided and parameter.is_contiguous() and parameter.numel() > 0
+        return laid_out and not group["amsgrad"] and self.kernel is not None
 
     def assign(self, tasks: dict[Tensor, Task]) -> None:
         """Set what the next step does for parameters that it serves; an empty dictionary takes back what was set."""
@@ -98,22 +96,24 @@ class AdamW(torch.optim.AdamW):
         has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
         if self._tasks:
             rest = [k for k, parameter in enumerate(params_with_grad) if parameter not in self._tasks]
-            for parameter, gradient in zip(params_with_grad, grads, strict=True):
-                if parameter in self._tasks:
-                    self._step_one(group, parameter, gradient, self._tasks.pop(parameter))
+            self._step_in_one_pass(group, [both for both in zip(params_with_grad, grads, strict=True) if both[0] in self._tasks])
             for found in lists:
                 found[:] = [found[k] for k in rest] if found else []
         return has_complex
 
-    def _step_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, task: Task) -> None:
-        """Do one parameter's step in one pass."""
-        engine, state = engines.best(), self.state[parameter]
+    def _step_in_one_pass(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Step parameters, each with its gradient, as their tasks say."""
+        engine, written = engines.best(), []
         assert engine is not None
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = state[key].contiguous()  # as made here they are; what is loaded may be laid out otherwise
-        first, second, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
-        count += 1
-        shown, weight = (None, parameter) if task.latent is None else (parameter, task.latent)
-        arrays = Arrays(shown, weight, gradient.contiguous(), first, second, task.scales)
-        engines.run(engine, arrays, task.block, numbers_of(group, float(count), task))
-        torch.autograd.graph.increment_version([tensor for tensor in (shown, weight, first, second) if tensor is not None])
+        states, numbers = [self.state[parameter] for parameter, _ in pairs], Cache(group)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        for (parameter, gradient), state in zip(pairs, states, strict=True):
+            task = self._tasks.pop(parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].contiguous()  # as made here they are; what is loaded may be laid out otherwise
+            first, second = state["exp_avg"], state["exp_avg_sq"]
+            shown, weight = (None, parameter) if task.latent is None else (parameter, task.latent)
+            arrays = Arrays(shown, weight, gradient.contiguous(), first, second, task.scales)
+            engines.run(engine, arrays, task.block, numbers.of(state["step"].item(), task))
+            written += [weight, first, second] if shown is None else [shown, weight, first, second]
+        torch.autograd.graph.increment_version(written)

@@ -71,8 +71,8 @@ def load(name: str) -> Engine | None:
 
 def run(engine: Engine, arrays: Arrays, block: int, numbers: NDArray[np.void]) -> None:
     """Step all blocks of a parameter, with as many threads as torch uses."""
-    rows = arrays.weight.numel() // block
-    threads = min(torch.get_num_threads(), max(1, arrays.weight.numel() // WORTH))
+    elements = arrays.weight.numel()
+    rows, threads = elements // block, min(torch.get_num_threads(), max(1, elements // WORTH))
     share = -(-rows // (threads * CUT)) * CUT
     if share >= rows:
         engine.step(arrays, 0, rows, block, numbers)
@@ -100,8 +100,19 @@ def _in_c() -> Step | None:
     kernel = library.stepwell_adamw
 
     def step(arrays: Arrays, start: int, stop: int, block: int, numbers: NDArray[np.void]) -> None:
-        addresses = (None if array is None else array.data_ptr() for array in arrays)
-        kernel(*addresses, start, stop, block, numbers.ctypes.data)
+        shown, weight, grad, first, second, scales = arrays
+        kernel(
+            None if shown is None else shown.data_ptr(),
+            weight.data_ptr(),
+            grad.data_ptr(),
+            first.data_ptr(),
+            second.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            start,
+            stop,
+            block,
+            numbers.ctypes.data,
+        )
 
     return step
 

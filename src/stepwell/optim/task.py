@@ -118,3 +118,19 @@ def numbers_of(group: Mapping[str, Any], step: float, task: Task) -> NDArray[np.
         full=float(format.levels == "full"),
     )
     return np.array([tuple(numbers)], NUMBERS)
+
+
+class Cache:
+    """The numbers of one step, computed once for all parameters that share them."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        """Keep the optimizer's parameter group."""
+        self._group = group
+        self._found: dict[tuple[Any, ...], NDArray[np.void]] = {}
+
+    def of(self, step: float, task: Task) -> NDArray[np.void]:
+        """Return `numbers_of` this group, step and task."""
+        key = (step, id(task.format), task.scales is None, *task[4:])
+        if key not in self._found:
+            self._found[key] = numbers_of(self._group, step, task)
+        return self._found[key]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
+from stepwell.blocks import block_length
 from stepwell.methods.lotion import Push
 from stepwell.optim import AdamW
 from stepwell.optim.task import Task
@@ -41,29 +42,28 @@ def task_of(one: Managed, terms: float) -> Task | None:
         return None
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return None  # a GradScaler speaks to torch's own step
-    fit, push, format = one.held_fit(one.source), one.method.push, one.grid.format
-    block = one.blocks(one.weight).shape[1]
-    scales = None if fit is None else fit.scale.to(one.weight).contiguous()
+    fit, push = one.held_fit(one.parameter if one.latent is None else one.latent), one.method.push
+    quantizer, shape = one.quantizer, tuple(one.parameter.shape)
+    block = block_length(shape, quantizer.block, quantizer.axis)
+    scales = None if fit is None else fit.scale.to(one.parameter).contiguous()
     if not isinstance(push, Push):
-        return Task(format, block, one.latent, scales)
-    return Task(format, block, one.latent, scales, terms, push.strength, push.through_scale, REACH)
+        return Task(quantizer.format, block, one.latent, scales)
+    return Task(quantizer.format, block, one.latent, scales, terms, push.strength, push.through_scale, REACH)
 
 
 def _known(one: Managed) -> bool:
-    """Whether the kernels know a parameter's method and grid, and its blocks lie one after the other in memory."""
-    method, grid = one.method, one.grid
+    """Whether the kernels know a parameter's method and grid, and its blocks lie one after the other in contiguous memory."""
+    method, quantizer = one.method, one.quantizer
     if method.gradient is not None or method.prox is not None or not (method.deploy is None or method.deploys_nearest):
         return False
     if method.push is None:
         known = method.deploy is not None
     else:
         known = isinstance(method.push, Push) and method.curvature is None and moments.exact(one.optimizer, one.group)
-    blocks, weight = one.blocks(one.weight), one.weight
     return (
         known
-        and grid.format.levels in ("symmetric", "full")
-        and (grid.scale_dtype, grid.compute) == ("fp32", None)
-        and isinstance(grid.rule, str)  # else the scale is a fixed number
-        and blocks.is_contiguous()
-        and blocks.data_ptr() == weight.data_ptr()
+        and quantizer.format.levels in ("symmetric", "full")
+        and (quantizer.scale_dtype, quantizer.compute) == ("fp32", None)
+        and isinstance(quantizer.rule, str)  # else the scale is a fixed number
+        and (quantizer.block is None or quantizer.axis in (None, -1, one.parameter.ndim - 1))
     )
