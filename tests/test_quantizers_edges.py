@@ -109,6 +109,13 @@ def test_the_bracket_of_a_saturated_block_ends_at_its_outermost_value():
     assert torch.equal(nearest(bracket)[0, -1], bracket.upper[0, -1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_finite_weights_may_add_up_to_more_than_their_dtype_holds(dtype):
+    weight = torch.full((4, 64), torch.finfo(dtype).max / 2, dtype=dtype)
+    assert weight.sum().isinf()
+    assert torch.allclose(intn(8, block=32)(weight).double(), weight.double(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("quantizer", REPRESENTATIVES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_value(quantizer, value):

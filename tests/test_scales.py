@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cases import WEIGHT_FORMATS, gaussian, seeded
 
-from stepwell import quantizers, scales
+from stepwell import scales, shrink
 from stepwell.formats import E8M0, FP4_E2M1, FP8_E4M3, integer
-from stepwell.presets import intn
+from stepwell.presets import fp8, intn
 from stepwell.quantizers import Quantizer
 
 SIGNED = [format for format in WEIGHT_FORMATS if format.levels != "affine"]
@@ -179,7 +179,7 @@ def test_options_that_do_not_exist_or_do_not_go_together_are_refused_by_value(op
 def test_searched_scales_do_not_depend_on_how_many_are_searched_together(block, options, monkeypatch):
     weight, q = gaussian(96, 64, seed=5), intn(3, block=block, scale="mse", **options)
     together = q.encode(weight)
-    monkeypatch.setattr(quantizers, "SEARCHED", 7 * 64)  # seven rows at a time, the last group shorter
+    monkeypatch.setattr(shrink, "PIECE", 7 * 64)  # seven rows at a time, the last group shorter
     apart = q.encode(weight)
     assert torch.equal(together.scales, apart.scales)
     assert torch.equal(together.codes, apart.codes)
@@ -188,7 +188,7 @@ def test_searched_scales_do_not_depend_on_how_many_are_searched_together(block, 
 def test_searched_scale_of_a_large_weight_has_the_least_error(monkeypatch):
     # one block in several pieces: its error is a sum of sums, so the choice is judged in float64, where no other factor is better
     weight, q = gaussian(64, 96, seed=6), intn(3, block=None, scale="mse")
-    monkeypatch.setattr(quantizers, "SEARCHED", 1000)
+    monkeypatch.setattr(shrink, "PIECE", 1000)
     found, widest = q.scale(weight), weight.abs().max() / 3
 
     def error(scale):
@@ -196,3 +196,42 @@ def test_searched_scale_of_a_large_weight_has_the_least_error(monkeypatch):
         return (units * scale.double() - weight.double()).square().sum().item()
 
     assert error(found) <= min(error(widest * factor) for factor in scales.SHRINK) * (1 + 1e-5)  # float32 sums of 6144 squares
+
+
+EARLY = [
+    intn(8, block=32, scale="mse"),
+    intn(4, block="channel", scale="mse"),
+    intn(8, block=None, scale="mse"),
+    intn(8, block=32, scale="mse", levels="full", scale_dtype="fp16"),
+    intn(6, block=32, scale="mse", levels="mid"),
+    intn(8, block=32, scale="mse", levels="affine"),
+    intn(8, block=32, scale="mse", compute="bf16"),
+    fp8(block=32, scale="mse"),
+]
+
+
+@pytest.mark.parametrize("q", EARLY, ids=str)
+def test_a_search_that_stops_early_would_have_found_nothing_better(q, monkeypatch):
+    weight = gaussian(64, 96, seed=8)
+    weight[:, ::5] *= 4  # some rows with a long tail, some without
+    early = q.encode(weight)
+    monkeypatch.setattr(shrink, "LOOKS", ())
+    assert torch.equal(early.scales, q.encode(weight).scales)
+
+
+def test_most_of_a_search_at_eight_bits_is_saved(monkeypatch):
+    counted, missed = [], shrink._missed
+    monkeypatch.setattr(shrink, "_missed", lambda *given: counted.append(1) or missed(*given))
+    intn(8, block=32, scale="mse").scale(gaussian(64, 96, seed=9))
+    assert len(counted) < 20  # of 53
+
+
+def test_the_search_sees_what_the_compute_dtype_makes_of_the_weights():
+    weight, q = gaussian(8, 64, seed=10), intn(8, block="channel", scale="mse", compute="bf16")
+    wide, found = weight.abs().amax(1, keepdim=True) / 127, q.scale(weight)
+
+    def error(scale):
+        return (q(weight, scale=scale) - weight).double().square().sum(1)
+
+    least = torch.stack([error(wide * factor) for factor in scales.SHRINK]).amin(0)
+    assert (error(found) <= least * (1 + 1e-4)).all()

@@ -93,6 +93,9 @@ def from_codes(codes: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
         ValueError: a code that stands for no number of the format.
     """
     check_codes(codes, format)
+    if format.uniform:
+        values = codes.to(dtype)
+        return values.sub_(format.shift) if format.shift else values
     allowed = _allowed(format)
     low, high = min(allowed), max(allowed)
     table = torch.full((high - low + 1,), torch.nan, dtype=dtype)

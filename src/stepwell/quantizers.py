@@ -10,14 +10,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stepwell import grids, scales
+from stepwell import grids, scales, shrink
 from stepwell.blocks import Block, block_length, check_block, from_blocks, scale_shape, to_blocks
 from stepwell.formats import Format
 from stepwell.rounding import Bracket, Rounding
 from stepwell.scales import Fit, Rule, ScaleDtype, ScaleRounding, Zero
 
 Compute = Literal["fp16", "bf16"] | None
-SEARCHED = 2**17  # elements whose scales are searched together: they and their temporaries stay in the cache over all trials
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Quantizer:
             tensor_scale: of the whole weight that these blocks are a part of; None takes these for the whole.
         """
         if self.rule == "mse" and self.scale_dtype != "e4m3":
-            group = max(1, SEARCHED // blocks.shape[1])  # blocks know nothing of each other
+            group = max(1, shrink.PIECE // blocks.shape[1])  # blocks know nothing of each other
             parts = [self._search(blocks[start : start + group]) for start in range(0, max(len(blocks), 1), group)]
             return parts[0] if len(parts) == 1 else Fit.join(parts)
         low, high = scales.extremes(blocks)
@@ -132,27 +131,18 @@ class Quantizer:
         return self._stored(wanted, low, high, tensor_scale)
 
     def _search(self, blocks: Tensor) -> Fit:
-        """Return the scale of every block with the smallest squared error among shrunken absmax scales."""
+        """Return the scale of every block with the least squared error among shrunken absmax scales."""
         low, high = scales.extremes(blocks)
         wanted = scales.absmax(low, high, self.format, rounding=self.scale_rounding, zero=self.zero)
-        unit = wanted.masked_fill(wanted == 0, 1)  # errors in units of the scale: squares of raw weights may under- or overflow
+        factors = torch.tensor(scales.SHRINK, dtype=blocks.dtype, device=blocks.device).reshape(-1, 1, 1)
+        trials = self._stored(scales.settle(wanted * factors, self.format), low, high, None)
 
-        def error(fit: Fit) -> Tensor:
-            whole = torch.zeros_like(unit)
-            for start in range(0, blocks.shape[1], SEARCHED):  # a weight may be one block
-                part = blocks[:, start : start + SEARCHED]
-                whole += self.snap(part, fit).sub_(part).div_(unit).square_().sum(1, keepdim=True)
-            return whole
+        def rounded(units: Tensor, fit: Fit) -> Tensor:
+            values = grids.round_nearest(units, self.format)
+            return values if self.compute is None else fit.to_units(self.deliver(values, fit))
 
-        best = self._stored(wanted, low, high, None)
-        least = error(best)
-        for factor in scales.SHRINK[1:]:
-            trial = self._stored(scales.settle(wanted * factor, self.format), low, high, None)
-            trial_error = error(trial)
-            better = trial_error < least
-            least = torch.where(better, trial_error, least)
-            best = Fit(*(None if a is None else torch.where(better, b, a) for a, b in zip(best, trial, strict=True)))  # type: ignore[arg-type]
-        return best
+        ends = self.format if self.compute is None and self.format.levels != "affine" else None  # a zero point moves the ends
+        return shrink.least(blocks, trials, wanted.masked_fill(wanted == 0, 1), rounded, ends=ends)
 
     def tensor_scale(self, blocks: Tensor) -> Tensor | None:
         """Return the float32 scale of the scales, 0-dim, where the scale dtype needs one (e4m3), else None."""
@@ -307,9 +297,11 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         )
     if not weight.numel():
         raise ValueError(f"`{name}` must have elements: got shape {tuple(weight.shape)}. Leave this parameter out with `skip=[...]`.")
-    finite = weight.detach().isfinite()
-    if not bool(finite.all()):
-        bad = weight.detach()[~finite]
+    values = weight.detach()
+    if bool(values.sum().isfinite()):  # a NaN or an infinity would be in the sum, which costs a tenth of looking for it
+        return
+    bad = values[~values.isfinite()]
+    if bad.numel():  # else finite numbers that add up to more than the dtype holds
         raise ValueError(
             f"`{name}` must be finite: got {bad.numel()} of {weight.numel()} elements such as {bad[0].item()}. "
             "Find the step that produced them (a loss of NaN, an overflow in half precision) before quantizing."

@@ -59,6 +59,16 @@ class Fit(NamedTuple):
         """Return the fit of some of the blocks."""
         return Fit(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
 
+    def trial(self, chosen: int | Tensor) -> "Fit":
+        """Return one fit of several, `(trials, blocks, 1)`: the same for all blocks, or of `(blocks, 1)` indices."""
+
+        def one(part: Tensor | None) -> Tensor | None:
+            if part is None or part.ndim < 3:  # what all trials share
+                return part
+            return part[chosen] if isinstance(chosen, int) else part.take_along_dim(chosen[None], 0)[0]
+
+        return Fit(*map(one, self))  # type: ignore[arg-type]
+
     @staticmethod
     def join(parts: "Sequence[Fit]") -> "Fit":
         """Return the fit of all blocks of several fits, in their order."""

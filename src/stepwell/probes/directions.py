@@ -46,7 +46,7 @@ def gaussian_noise(target: Place, key: Callable[[str], int]) -> Move:
         draw = torch.randn(base.shape, generator=_seeded(key(name), base), dtype=base.dtype, device=base.device)
         draw = to_blocks(draw, "channel", axis)
         norms = to_blocks(base, "channel", axis).norm(dim=1, keepdim=True)
-        return from_blocks(draw * (norms / draw.norm(dim=1, keepdim=True)), tuple(base.shape), "channel", axis)
+        return from_blocks(draw.mul_(norms / draw.norm(dim=1, keepdim=True)), tuple(base.shape), "channel", axis)
 
     return move
 

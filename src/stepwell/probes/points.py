@@ -14,6 +14,7 @@ from stepwell.quantizers import Encoded, Quantizer, check_weight
 
 Weights = Mapping[str, Encoded | Tensor]
 Place = dict[str, Encoded | Tensor | None]  # None: what the model holds
+PIECE = 2**16  # elements of a sum that are held in float64 at once
 Move = Callable[[str, Tensor], Tensor]  # (name, the model's weight) -> a tensor of the same shape
 
 
@@ -89,8 +90,10 @@ def toward(target: Place) -> Move:
 
 
 def dot(one: Tensor, other: Tensor) -> float:
-    """Return a scalar product, summed in float64."""
-    return float(torch.dot(one.flatten().double(), other.flatten().double()))
+    """Return a scalar product, summed in float64, piece by piece: copies of whole weights in float64 would be the largest thing held."""
+    one, other = one.flatten(), other.flatten()
+    pieces = (slice(start, start + PIECE) for start in range(0, len(one), PIECE))
+    return math.fsum(float(torch.dot(one[piece].double(), other[piece].double())) for piece in pieces)
 
 
 def length(move: Move, base: Mapping[str, Tensor]) -> float:

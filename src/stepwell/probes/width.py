@@ -6,6 +6,7 @@ r(v) = sup{ t : L(w + t' v) <= L(w) + tolerance for all t' <= t }, found by grow
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from stepwell.probes.points import Move, Weights, length, place
@@ -88,7 +89,7 @@ def _crossing(stage: Stage, direction: Move, limit: float) -> tuple[float, float
     """Return the first crossing, half of the interval it is known to, and whether there was none."""
 
     def inside(t: float) -> bool:
-        stage.put(lambda name, base: base + t * direction(name, base))
+        stage.put(lambda name, base: torch.add(base, direction(name, base), alpha=t))
         return stage.loss() <= limit
 
     low, high = 0.0, FIRST
