@@ -82,11 +82,7 @@ def advise(
     'RTN'
     """
     check_tolerance(tolerance)
-    check_early(early, rate)
-    if early is not None and not measure:
-        raise ValueError(
-            f"`early` must not be given with measure=False: got {early!r}. An early run is a measurement; leave one of them out."
-        )
+    check_early(early, rate, measure=measure)
     plans = _plans(model, quantizers, skip)
     parts = divide(batches, calibration)
     every = {row.name: row.parameter for plan in plans for row in plan.rows}
@@ -99,10 +95,8 @@ def advise(
         shared = stage.cost + Cost(1)  # the check of reach is one pass over all data
         verdicts = [_verdict(work, asked, plan) for plan in plans]
         widths = sum((width.cost for width in work.widths.values()), Cost(0))
-    notes = [parts.note, hit_rate(coefficients.score(_tier(asked), tolerance), tolerance)]
-    if measure and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        notes.insert(1, "BatchNorm statistics of rounded weights are re-estimated on the calibrating batches; do so in deployment.")
-    return Advice(verdicts, shared=shared + widths, notes=notes)
+    worth = hit_rate(coefficients.score(_tier(asked), tolerance), tolerance)
+    return Advice(verdicts, shared=shared + widths, notes=[parts.note, *_settling(model, measure), worth])
 
 
 class _Plan(NamedTuple):
@@ -175,6 +169,13 @@ def _check_reach(model: nn.Module, loss: BatchLoss, parts: Parts, every: Mapping
         for batches in [parts.measuring] if parts.calibrating is parts.measuring else [parts.calibrating, parts.measuring]:
             uses(model, known, batches, forward)
     return frozenset(every) - frozenset(known)
+
+
+def _settling(model: nn.Module, measure: bool) -> list[str]:
+    """Return what became of BatchNorm statistics, in words, where there are any."""
+    if not measure or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return []
+    return ["BatchNorm statistics of rounded weights are re-estimated on the calibrating batches; do so in deployment."]
 
 
 def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:

@@ -15,8 +15,8 @@ SHARE = 0.1
 FOUR_TERMS_STEP = 20  # at which the formula of an earlier study looks
 
 
-def check_early(early: Early | None, rate: float) -> None:
-    """Raise unless a rate, a training function and the length of its run can be trained with."""
+def check_early(early: Early | None, rate: float, *, measure: bool) -> None:
+    """Raise unless a rate, a training function and the length of its run can be trained with, where measuring is allowed."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise ValueError(f"`rate` must be a positive number, the learning rate of the training run: got {rate!r}.")
     if early is None:
@@ -26,6 +26,10 @@ def check_early(early: Early | None, rate: float) -> None:
         raise TypeError(f"`early` must be {shape}: got {early!r}.")
     if isinstance(early[1], bool) or not isinstance(early[1], int) or early[1] < 1:
         raise ValueError(f"`early` must be {shape}, 1 or more: got {early[1]!r} steps.")
+    if not measure:
+        raise ValueError(
+            f"`early` must not be given with measure=False: got {early!r}. An early run is a measurement; leave one of them out."
+        )
 
 
 def early_losses(
