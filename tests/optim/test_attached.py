@@ -178,17 +178,16 @@ def test_weights_that_no_kernel_can_work_on(kernel, counted):
 
 
 class Failing(AdamW):
-    """Fails on demand before or after the update."""
+    """Fails on demand before or after the step in one pass."""
 
     fails: str | None = None
 
-    def _init_group(self, *arguments):
+    def _step_in_one_pass(self, group, pairs):
         if self.fails == "before":
             raise OSError("device lost")
-        made = super()._init_group(*arguments)
+        super()._step_in_one_pass(group, pairs)
         if self.fails == "after":
             raise OSError("device lost")
-        return made
 
 
 @pytest.mark.parametrize("name", ["ste", "lotion", "ste + lotion"])
@@ -254,3 +253,28 @@ def test_closures_scaled_gradients_and_missing_ones(kernel, name):
     after = latents(runs[0], closed)
     assert torch.equal(before["2.weight"], after["2.weight"])
     assert not torch.equal(before["0.weight"], after["0.weight"])
+
+
+def test_compiled_optimizer_step_is_not_traced(kernel):
+    """torch.compile(optimizer.step) runs it as it is, hooks and kernels included."""
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    run = sw.attach(model, METHODS["ste + lotion"], optimizer, refit=3)
+    step = torch.compile(optimizer.step)
+    for inputs, targets in batches(STEPS):
+        optimizer.zero_grad()
+        mse_loss(model(inputs), targets).backward()
+        step()
+    assert same(outcome(model, optimizer, run), outcome(*trained(METHODS["ste + lotion"], AdamW)))
+
+
+class Nested(AdamW):
+    """Calls its parent's step, so that every hook fires twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_subclass_that_calls_its_parent_steps_once(kernel):
+    AdamW([torch.nn.Parameter(torch.ones(1))])  # from its first instance on, AdamW.step itself fires hooks
+    assert same(outcome(*trained(METHODS["ste + lotion"], Nested)), outcome(*trained(METHODS["ste + lotion"], AdamW)))

@@ -6,11 +6,12 @@ multiply-adds included. (torch's default implementation differs from the fused o
 vector library that does not always round them correctly.)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from stepwell.optim import engines
 from stepwell.optim.engines import Arrays
@@ -81,25 +82,41 @@ class AdamW(torch.optim.AdamW):
         """Set what the next step does for parameters that it serves; an empty dictionary takes back what was set."""
         self._tasks = tasks
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        state_steps: list[Tensor],
-    ) -> bool:
-        """Collect what torch's step works on, as torch does, and step the parameters that have a task here instead."""
-        lists = [params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps]
-        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
-        if self._tasks:
-            rest = [k for k, parameter in enumerate(params_with_grad) if parameter not in self._tasks]
-            self._step_in_one_pass(group, [both for both in zip(params_with_grad, grads, strict=True) if both[0] in self._tasks])
-            for found in lists:
-                found[:] = [found[k] for k in rest] if found else []
-        return has_complex
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # under torch.compile as well: kernels cannot be traced
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; parameters with a task in one pass, the others as torch does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]  # parameters, gradients, two moments, the largest second one, step counts
+            self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            rest = [k for k, parameter in enumerate(lists[0]) if parameter not in self._tasks]
+            if len(rest) < len(lists[0]):
+                self._step_in_one_pass(group, [both for both in zip(*lists[:2], strict=True) if both[0] in self._tasks])
+                lists = [[found[k] for k in rest] if found else found for found in lists]
+            parameters, gradients, first, second, largest, counts = lists
+            adamw(
+                parameters,
+                gradients,
+                first,
+                second,
+                largest,
+                counts,
+                fused=True,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                amsgrad=group["amsgrad"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+        return loss
 
     def _step_in_one_pass(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Step parameters, each with its gradient, as their tasks say."""
