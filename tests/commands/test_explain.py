@@ -1,6 +1,7 @@
 """`stepwell explain`: the page and its numbers are what was measured; bad input is one line, exit code 2, and nothing is written."""
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -65,6 +66,25 @@ def dropping():
 def misfit():
     model, _, batches = raw()
     return model, lambda m, b: entropy(m, (b[0][:, :5], b[1])), batches
+
+def late():
+    model, loss, batches = raw()
+    return model, loss, [*batches[:4], (batches[4][0][:, :5], batches[4][1]), *batches[5:]]
+
+def hollow():
+    model, loss, batches = raw()
+    return model, loss, [(batches[0][0][:0], batches[0][1][:0]), *batches[1:]]
+
+def chatty():
+    print("a line of its own")
+    return raw()
+
+def training():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    for x, _ in data(20, 5):
+        model(x)
+    return model, entropy, data(9, 3)
 
 def unreached():
     model, _, batches = raw()
@@ -279,7 +299,9 @@ def test_a_language_model_is_explained_on_a_text(run, tmp_path):
         (["subject_of_explain:number"], "`loss` must return a tensor"),
         (["subject_of_explain:infinite"], "`loss` must be finite"),
         (["subject_of_explain:dropping"], "Dropout left on"),
-        (["subject_of_explain:misfit"], "the loss of subject_of_explain:misfit on its first batch failed with RuntimeError"),
+        (["subject_of_explain:misfit"], "the loss of subject_of_explain:misfit on batch 1 of 9 failed with RuntimeError"),
+        (["subject_of_explain:late"], "the loss of subject_of_explain:late on batch 5 of 9 failed with RuntimeError"),
+        (["subject_of_explain:hollow"], "`loss` must be finite on every batch"),
         (["subject_of_explain:unreached"], "`batches` never reach '4.weight'"),
         (["subject_of_explain:nothing_to_quantize"], "nothing is selected"),
         (["subject_of_explain:raw", "--skip", "no_such_layer"], "matches no parameter"),
@@ -310,6 +332,26 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_is_written(run, tmp_path,
     assert error.startswith("stepwell: ")
     assert words in error
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["subject_of_explain.py"]
+
+
+def test_what_the_users_code_prints_stays_out_of_the_results(run):
+    code, out, error = run("subject_of_explain:chatty", "--bits", "3", "--quick", "--json")
+    assert code == 0
+    assert json.loads(out)["model"] == "subject_of_explain:chatty"
+    assert error.startswith("a line of its own\n")
+
+
+def test_a_model_in_training_mode_keeps_its_statistics(run, tmp_path, monkeypatch):
+    """A look in training mode would mix BatchNorm's statistics with those of the data that measures."""
+    code, out, _ = run("subject_of_explain:training", "--bits", "3", "--quick", "--json")
+    assert code == 0
+    monkeypatch.syspath_prepend(tmp_path)
+    model, loss, batches = importlib.import_module("subject_of_explain").training()
+    sys.modules.pop("subject_of_explain", None)
+    model.eval()
+    with torch.no_grad():
+        measured = [loss(model, batch).item() for index, batch in enumerate(batches) if index % 3]
+    assert json.loads(out)["start"] == pytest.approx(sum(measured) / len(measured), rel=1e-6)
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path, monkeypatch):

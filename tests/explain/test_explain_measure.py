@@ -243,12 +243,23 @@ def test_batchnorm_is_estimated_anew_for_losses_and_frozen_in_lines():
     assert any("BatchNorm" in note for note in explanation.notes)
     report = explanation.grids[0]
     measuring = [batch for index, batch in enumerate(batches) if index % 3]
-
-    def loss(model):
-        return torch.stack([entropy(model, batch) for batch in measuring]).mean()
-
+    loss = sw.probes.over(entropy, measuring)
     line = sw.probes.segment(model, loss, toward=q, positions=(0.0, 1.0))
-    assert report.rtn.loss == pytest.approx(line.final, rel=1e-6)
+    settled = sw.probes.segment(model, loss, toward=q, positions=(0.0, 1.0)).final
+    deployed = copy.deepcopy(model).eval()
+    sw.ptq.rtn(deployed, q)
+    for module in deployed.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    with torch.no_grad():
+        for x, _ in batches[::3]:
+            deployed(x)
+        deployed.eval()
+        assert report.rtn.loss == pytest.approx(loss(deployed).item(), rel=1e-5)
+    assert report.rtn.increase == pytest.approx(report.verdict.estimates[0].increase, rel=1e-5)  # the verdict judges the same number
+    assert report.rtn.loss != pytest.approx(settled, rel=1e-5)  # which would have seen the data that measures
     assert report.line.losses[report.line.positions.index(1.0)] == pytest.approx(line.losses[1], rel=1e-6)
     assert line.final != pytest.approx(line.losses[1], rel=1e-3)
 
@@ -329,6 +340,7 @@ def half_reached(model, batch):
         ({"loss": lambda model, batch: entropy(model, batch) * math.nan}, ValueError, "`loss` must be finite"),
         ({"loss": lambda model, batch: entropy(model, (dropout(batch[0]), batch[1]))}, ValueError, "Dropout left on"),
         ({"loss": lambda model, batch: entropy(model, batch).detach()}, ValueError, "`loss` must be differentiable"),
+        ({"batches": [(BATCHES[0][0] * math.nan, BATCHES[0][1]), *BATCHES[1:]]}, ValueError, "`loss` must be finite on every batch"),
         ({"loss": half_reached}, ValueError, "`batches` never reach '2.weight', '4.weight'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,9 +62,10 @@ def explain(
     from stepwell.report import render
 
     check_tolerance(tolerance)
-    subject = load(model, data, batches, window)
     effort = QUICK if quick else FULL if full else NORMAL
-    explanation = run(subject, [quantizer(scheme, width) for scheme, width in grids], tolerance, effort, skip or [])
+    with redirect_stdout(sys.stderr):  # what the user's own code prints must not stand between the results, JSON above all
+        subject = load(model, data, batches, window)
+        explanation = run(subject, [quantizer(scheme, width) for scheme, width in grids], tolerance, effort, skip or [])
     results = as_results(subject, explanation)
     paths = write_together(out, {PAGE_FILE: render(page(subject, explanation)), RESULTS_FILE: dumped(results)})
     if json:
@@ -115,11 +117,13 @@ def quantizer(scheme: str, bits: int) -> "Quantizer":
 
 
 def load(model: str, data: Path | None, batches: int, window: int | None) -> "Subject":
-    """Return model, loss and batches, tried once on the first batch.
+    """Return model, loss and batches, the model in evaluation mode and the loss tried on every batch.
 
     Raises:
         ValueError: whatever is wrong with them, in one line.
     """
+    import torch
+
     from stepwell.explain.language import from_folder
     from stepwell.explain.sources import FORM, attempted, from_function
 
@@ -130,7 +134,11 @@ def load(model: str, data: Path | None, batches: int, window: int | None) -> "Su
     if window is not None:
         raise ValueError(f"`window` must not be given with a function: got {window}. It cuts text for a Hugging Face folder.")
     subject = from_function(model, data, limit=batches)
-    attempted(lambda: subject.loss(subject.model, subject.batches[0]), f"`model`: the loss of {model} on its first batch")
+    subject.model.eval()  # before the first look: in training mode BatchNorm would take the statistics of this data
+    with torch.no_grad():
+        for place, batch in enumerate(subject.batches, 1):
+            what = f"`model`: the loss of {model} on batch {place} of {len(subject.batches)}"
+            attempted(lambda batch=batch: subject.loss(subject.model, batch), what)  # type: ignore[misc]
     return subject
 
 

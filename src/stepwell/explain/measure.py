@@ -1,5 +1,6 @@
 """measure: why rounding fails on a model, grid by grid, and what will work, as records that a page or a program can read."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -157,6 +158,8 @@ def _checked(
             uses(model, known, parts.calibrating, loss)
         stage.gradient(lambda model: loss(model, parts.measuring[0]))
         search_start = start if parts.calibrating is parts.measuring else stage.other(searching)
+        if not math.isfinite(search_start):
+            raise ValueError(f"`loss` must be finite on every batch: got {searching.last} on those that calibrate. Is one of them empty?")
     data = Data(loss, parts.calibrating, searching, measuring, start, search_start)
     return data, base, frozenset(names) - frozenset(known)
 
@@ -172,7 +175,7 @@ def _all_rounded(model: nn.Module, data: Data, grids: Sequence[_Plan], tally: Ta
         with tally.part("GPTQ"):
             points["GPTQ"] = gptq_point(model, grid.rows, points["RTN"], data.search, data.loss, asked.beyond)
         with tally.part("losses"):
-            rounded = compare(model, data.measuring, points, asked.tolerance)
+            rounded = compare(model, data.measuring, points, asked.tolerance, settle=data.searching)
         found.append(_Found({method: points[method] for method in ("RTN", "GPTQ")}, rounded))
     return found
 
@@ -257,8 +260,8 @@ def _notes(model: nn.Module, beyond: frozenset[str]) -> list[str]:
     notes = []
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         notes.append(
-            "BatchNorm statistics are re-estimated on the measuring batches for the losses after rounding, and frozen in lines, widths and "
-            "slices."
+            "BatchNorm statistics are re-estimated on the calibrating batches for the losses after rounding, as they should be in "
+            "deployment, and frozen in lines, widths, searches and slices."
         )
     if beyond:
         notes.append(f"GPTQ cannot calibrate {', '.join(sorted(beyond))}: these are rounded to nearest in its place.")

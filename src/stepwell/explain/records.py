@@ -18,7 +18,7 @@ class Rounded:
 
     Attributes:
         method: "RTN", "MSE scales", "curvature scales" or "GPTQ".
-        loss: on the measuring batches, with BatchNorm statistics re-estimated for the rounded weights.
+        loss: on the measuring batches, with BatchNorm statistics re-estimated for the rounded weights on the others.
         increase: over the float weights.
         stderr: of the increase, from paired differences over batches; NaN for one batch.
         within: whether the increase is at most the tolerance.

@@ -63,14 +63,14 @@ def gptq_point(
     return {name: found.get(name, rounded[name]) for name in names}
 
 
-def compare(model: nn.Module, losses: Losses, points: Mapping[str, Weights], tolerance: float) -> tuple[Rounded, ...]:
-    """Return what each point loses, with BatchNorm statistics re-estimated there."""
+def compare(model: nn.Module, losses: Losses, points: Mapping[str, Weights], tolerance: float, *, settle: Losses) -> tuple[Rounded, ...]:
+    """Return what each point loses, with BatchNorm statistics re-estimated there on the data of `settle`, which `advise` uses as well."""
     found = []
     with staged(model, losses, next(iter(points.values()))) as stage:
         base = list(losses.last)
         for method, point in points.items():
             stage.put(lambda name, at, point=point: weight(point[name], at))  # type: ignore[misc]
-            value = stage.settled()
+            value = stage.settled(settle)
             growth = value - stage.start
             found.append(Rounded(method, value, growth, _stderr(losses.last, base), growth <= tolerance))
     return tuple(found)

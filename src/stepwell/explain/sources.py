@@ -61,7 +61,8 @@ def from_function(name: str, data: Path | None, *, limit: int) -> Subject:
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         offered = f"Functions there: {', '.join(known[:8])}." if known else "It holds no function."
         raise ValueError(f"`model`: {target!r} has no function {attribute!r}. {offered}")
-    given = attempted(lambda: function(*_arguments(name, function, data)), f"`model`: {name}")
+    arguments = _arguments(name, function, data)
+    given = attempted(lambda: function(*arguments), f"`model`: {name}")
     model, loss, batches = _checked(name, given)
     taken = attempted(lambda: list(islice(batches, limit + 1)), f"`model`: the batches of {name}")
     if not taken:
