@@ -9,7 +9,7 @@ Between two steps every managed parameter holds what the forward pass shall see.
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakSet
@@ -22,16 +22,15 @@ from torch.utils.hooks import RemovableHandle
 from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
 from stepwell.methods.distill import Loss, plain
-from stepwell.methods.lotion import check_terms
 from stepwell.quantizers import Encoded, check_weight
 from stepwell.run import state, writes
+from stepwell.run.calibrate import BatchLoss, Calibration, calibrate
 from stepwell.run.check import managed_of, optimizers_of
 from stepwell.run.managed import Managed
-from stepwell.run.moments import reads_moments
 from stepwell.run.rounds import Rounds, Watcher
 from stepwell.run.step import Hooks, Stepper
+from stepwell.run.terms import LossTerms, terms_of
 
-LossTerms = float | Callable[[int], float] | None
 _LIVE: WeakSet["Run"] = WeakSet()  # runs that have not ended: two on one parameter would undo each other
 
 
@@ -165,6 +164,18 @@ class Run:
             rows[one.name] = watch.look(one.blocks(one.source), one.grid, one.held_fit(one.source))
         return Health(rows)
 
+    def calibrate(self, loss: BatchLoss, batches: Iterable[Any], *, draws: int = 8, every: int | None = None) -> Calibration:
+        """Set `loss_terms` to what makes the penalty cost what randomized rounding costs, so that nobody needs to count.
+
+        Args:
+            loss: `loss(model, batch)`, the mean loss of a batch as a tensor with one element.
+            batches: of the size that a training step sees.
+            draws: of randomized rounding, each a forward pass over all batches.
+            every: measure again on the same batches whenever that many optimizer steps are done.
+        """
+        self._end("calibrate")
+        return calibrate(self, self._managed, loss, batches, draws=draws, every=every)
+
     def on_step(self, watcher: Watcher) -> RemovableHandle:
         """Call `watcher(False)` whenever all optimizers have stepped, `watcher(True)` before the run ends; the handle has `remove()`."""
         self._settle()
@@ -239,18 +250,7 @@ class Run:
             state.warn_missing(missing)
 
     def _terms(self, one: Managed, step: int) -> float:
-        """Return the loss terms of this step for one parameter."""
-        if not (reads_moments(one.method) or one.method.counted):
-            return 1.0
-        given = one.method.loss_terms if self.loss_terms is None else self.loss_terms
-        if given is None:
-            raise RuntimeError(
-                "`loss_terms` is not set: Adam's second moment is the squared mean gradient, and the penalty needs to know over how many "
-                "loss terms a step averages. Use `lotion(q, loss_terms=batch * sequence)` or set `run.loss_terms` before the step."
-            )
-        terms = given(step) if callable(given) else given
-        check_terms(terms)
-        return float(terms)
+        return terms_of(self.loss_terms, one.method, step)
 
     def _adopt_writes(self, *, by_value: bool = False, warn: bool = True) -> None:
         """Make values that somebody else wrote into a parameter its new latent weights, and say so once."""
