@@ -38,11 +38,11 @@ def uniform_noise(target: Place, key: Callable[[str], int]) -> Move:
 
 
 def gaussian_noise(target: Place, key: Callable[[str], int]) -> Move:
-    """Return Gaussian noise whose output rows have the norms of the weight's."""
+    """Return Gaussian noise whose output rows have the norms of the weight's; nothing of `target` is kept but its layout."""
+    axes = {name: value.quantizer.axis if isinstance(value, Encoded) else None for name, value in target.items()}
 
     def move(name: str, base: Tensor) -> Tensor:
-        value = target[name]
-        axis = value.quantizer.axis if isinstance(value, Encoded) else None
+        axis = axes[name]
         draw = torch.randn(base.shape, generator=_seeded(key(name), base), dtype=base.dtype, device=base.device)
         draw = to_blocks(draw, "channel", axis)
         norms = to_blocks(base, "channel", axis).norm(dim=1, keepdim=True)
