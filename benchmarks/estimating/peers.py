@@ -1,0 +1,121 @@
+"""Peers: other libraries' training on the same weights, from the same state, with the same batches. Running it does nothing.
+
+Each is set up as its documentation says and given the optimizer, the rates and the tries that every method gets. A library that is not
+installed is left out, with a message. Blocks of 64 along the input everywhere.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from estimating.lab import BLOCK, SKIP, Lab
+from estimating.methods import Arm, Finished
+
+PERIOD, STEEPNESS, CENTRE, BEGIN, END = 10, 10.0, 0.5, 1, 240  # of PARQ: its own defaults, and the run's first and almost last step
+SCALE_SHARE = 1 / 3  # Brevitas' learned scales: their rate over the weights', the best of those that its table had
+
+
+def peers() -> dict[str, Arm]:
+    """Return the arms of other libraries that are installed; the others are named on the way."""
+    found: dict[str, Arm] = {}
+    for module, arms in (
+        ("torchao", {"torchao parq": Arm("peer", "mid", torchao_parq), "torchao qat": Arm("peer", "full, scales > 0", torchao_qat)}),
+        ("brevitas", {"brevitas, learned scales": Arm("peer", "sym", brevitas)}),
+    ):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            print(f"left out: {', '.join(arms)} ({error})")
+            continue
+        found |= arms
+    return found
+
+
+def inner(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that are quantized."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in SKIP}
+
+
+def replaced(model: nn.Module, made: Callable[[nn.Linear], nn.Linear]) -> None:
+    """Replace every layer that is quantized by a peer's, which holds the same parameters."""
+    for name, layer in inner(model).items():
+        parent, _, own = name.rpartition(".")
+        other = made(layer)
+        other.weight, other.bias = layer.weight, layer.bias
+        setattr(model.get_submodule(parent), own, other)
+
+
+def torchao_parq(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+    """Train with torchao's PARQ: `QuantOptimizer` around AdamW, uniform grid of 2^bits levels without zero, scales from mean magnitudes."""
+    from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
+    from torchao.prototype.parq.quant import UnifQuantizer
+
+    student = lab.student(rate, seed)
+    weights = [layer.weight for layer in inner(student.model).values()]
+    chosen = {id(weight) for weight in weights}
+    group = student.optimizer.param_groups[0]
+    group["params"] = [one for one in group["params"] if id(one) not in chosen]
+    settings = {name: value for name, value in group.items() if name != "params"}
+    student.optimizer.add_param_group({**settings, "params": weights, "quant_bits": bits, "quant_block_size": BLOCK})
+    around = QuantOptimizer(
+        student.optimizer,
+        UnifQuantizer(),
+        ProxPARQ(anneal_start=BEGIN, anneal_end=END, steepness=STEEPNESS, anneal_center=CENTRE),
+        warmup_steps=1,  # none refuses an optimizer that has a state
+        quant_period=PERIOD,
+        quant_per_channel=True,
+    )
+    lab.train(student, optimizer=around)
+    return Finished(student.model)  # the model holds what the last map gave, which rounds
+
+
+def torchao_qat(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+    """Train with torchao's fake quantization of weights: straight-through, absmax scales, codes -2^(b-1) to 2^(b-1) - 1."""
+    from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
+
+    config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), group_size=BLOCK)
+    student = lab.student(rate, seed)
+    replaced(student.model, lambda old: FakeQuantizedLinear.from_linear(old, weight_config=config))
+    lab.train(student)
+    return folded(student.model, lambda layer: layer.weight_fake_quantizer(layer.weight))
+
+
+def brevitas(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+    """Train with Brevitas: one learned scale per block, which starts from a search."""
+    from brevitas import nn as quantized
+    from brevitas.inject.enum import ScalingImplType, ScalingPerOutputType
+    from brevitas.proxy.groupwise_int_parameter_quant import GroupwiseWeightQuantProxyFromInjector
+    from brevitas.quant.scaled_int import Int8WeightPerChannelFloatMSE
+
+    class Learned(Int8WeightPerChannelFloatMSE):
+        proxy_class = GroupwiseWeightQuantProxyFromInjector
+        scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
+        scaling_per_output_type = ScalingPerOutputType.GROUP
+        group_size = BLOCK
+        bit_width = bits
+
+    student = lab.student(rate, seed)
+    replaced(student.model, lambda old: quantized.QuantLinear(old.in_features, old.out_features, bias=True, weight_quant=Learned))
+    layers = inner(student.model).values()
+    for layer in layers:
+        layer.weight_quant.init_tensor_quant()  # the search sees the weights that are to be trained
+        layer.quant_weight()  # and makes the scales, from statistics, when it is first called
+    known = {id(one) for one in student.optimizer.param_groups[0]["params"]}
+    scales = [one for one in student.model.parameters() if id(one) not in known]
+    student.optimizer.add_param_group({"params": scales, "weight_decay": 0.0, "lr": SCALE_SHARE * rate, "peak": SCALE_SHARE * rate})
+    lab.train(student)
+    return folded(student.model, lambda layer: layer.quant_weight().value)
+
+
+def folded(model: nn.Module, rounded: Callable[[nn.Module], Tensor]) -> Finished:
+    """Return a plain model that holds a peer's rounded weights, so that everybody is measured in the same way."""
+    with torch.no_grad():
+        for name, layer in inner(model).items():
+            plain = nn.Linear(layer.in_features, layer.out_features)
+            plain.weight.copy_(rounded(layer))
+            plain.bias.copy_(layer.bias)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, plain)
+    return Finished(model)

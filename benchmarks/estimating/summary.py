@@ -1,0 +1,132 @@
+"""Summary: from single runs to one table and one figure. Running it does nothing.
+
+Intervals are 95 % of Student's distribution over seeds, of differences that are paired by seed: with three seeds, 4.3 standard errors.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t
+
+from estimating.methods import FLOAT, TAUGHT, Arm
+from estimating.runs import FLOAT_BITS, Run, Table
+
+ROUNDED, DEFAULT = "rtn, absmax", "default"
+
+
+class Row(NamedTuple):
+    """One method at one width, test part; nats per byte.
+
+    Attributes:
+        rate: the chosen one; 0 where nothing is trained.
+        seeds: how many.
+        loss: of the weights rounded to nearest, mean over seeds.
+        residual: that loss above its control's, and the half width of its 95 % interval, paired by seed.
+        share: of the gap from absmax rounding to full precision that is closed; soft at 2 bits, where rounding alone ruins the model.
+        over_default: loss above the default's, and the half width of its interval; NaN for the default itself.
+        rr, latent: mean loss under randomized rounding, and of the latent weights, above the control's.
+        levels: most levels in a block.
+        seconds: of one core per run.
+    """
+
+    method: str
+    kind: str
+    grid: str
+    bits: int
+    rate: float
+    seeds: int
+    loss: float
+    residual: float
+    residual_interval: float
+    share: float
+    over_default: float
+    over_default_interval: float
+    rr: float
+    latent: float
+    levels: int
+    seconds: float
+
+
+def summarise(table: Table, everyone: Mapping[str, Arm], widths: Sequence[int]) -> list[Row]:
+    """Return the rows of every method whose reported runs are there, by width and then in the order of the arms."""
+    rows = []
+    for bits in (FLOAT_BITS, *widths):
+        for name, arm in everyone.items():
+            runs = table.reported(name, bits, arm.rates)
+            control = table.reported(TAUGHT if arm.teacher else FLOAT, FLOAT_BITS, everyone[FLOAT].rates)
+            if len(runs) < 2 or not _paired(runs, control):
+                continue
+            rows.append(_row(name, arm, runs, (control, *(table.reported(one, bits, everyone[one].rates) for one in (ROUNDED, DEFAULT)))))
+    return rows
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write the table, and print it."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows([f"{value:.5g}" if isinstance(value, float) else value for value in row] for row in rows)
+    print(f"{'bits':>4} {'method':<26} {'grid':<18} {'rate':>7} {'loss':>8} {'residual':>16} {'share':>7} {'over default':>17} {'RR':>8}")
+    for row in rows:
+        residual, over = (
+            f"{a:.4f} ± {b:.4f}" for a, b in ((row.residual, row.residual_interval), (row.over_default, row.over_default_interval))
+        )
+        numbers = f"{row.rate:>7.2g} {row.loss:>8.4f} {residual:>16} {row.share:>7.1%} {over:>17} {row.rr:>8.4f}"
+        print(f"{row.bits:>4} {row.method:<26} {row.grid:<18} {numbers}")
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Draw the residuals of every width, best at the top, with their intervals."""
+    import matplotlib.pyplot as plt
+
+    widths = sorted({row.bits for row in rows if row.kind != "control"}, reverse=True)
+    if not widths:
+        return
+    plt.rcParams["svg.hashsalt"] = "stepwell"
+    colours = {"ours": "#1f4e8c", "peer": "#b5651d", "method": "#777777", "rounded": "#bbbbbb"}
+    drawn, axes = plt.subplots(1, len(widths), figsize=(4.6 * len(widths), 5.4), squeeze=False)
+    for bits, axis in zip(widths, axes[0], strict=True):
+        shown = sorted((row for row in rows if row.bits == bits), key=lambda row: -row.residual)
+        for place, row in enumerate(shown):
+            axis.errorbar(max(row.residual, 1e-4), place, xerr=row.residual_interval, fmt="o", color=colours[row.kind], capsize=2)
+        axis.set_yticks(range(len(shown)), [row.method for row in shown], fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel("nats per byte above full precision")
+        axis.set_title(f"INT{bits}")
+        axis.grid(axis="x", alpha=0.3)
+    drawn.tight_layout()
+    drawn.savefig(path, metadata={"Date": None})
+    plt.close(drawn)
+
+
+def _row(name: str, arm: Arm, runs: Sequence[Run], rivals: tuple[Sequence[Run], Sequence[Run], Sequence[Run]]) -> Row:
+    """Return the row of one method; `rivals` are its control, absmax rounding and the default."""
+    control, rounded, default = rivals
+    loss, floor = mean(run.rtn for run in runs), mean(run.rtn for run in control)
+    residual, interval = paired(runs, control)
+    over, over_interval = paired(runs, default) if name != DEFAULT and _paired(runs, default) else (math.nan, math.nan)
+    gap = mean(run.rtn for run in rounded) - floor if len(rounded) > 1 else math.nan
+
+    def above(value: Callable[[Run], float]) -> float:
+        return mean(value(run) for run in runs) - floor
+
+    return Row(
+        name, arm.kind, arm.grid, runs[0].bits, runs[0].rate, len(runs), loss, residual, interval, 1 - residual / gap, over, over_interval,
+        above(lambda run: run.rr), above(lambda run: run.latent), max(run.levels for run in runs), mean(run.seconds for run in runs),
+    )  # fmt: skip
+
+
+def paired(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, float]:
+    """Return the mean difference of losses by seed, and the half width of its 95 % interval."""
+    by_seed = {run.seed: run.rtn for run in others}
+    differences = [run.rtn - by_seed[run.seed] for run in runs]
+    return mean(differences), float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
+
+
+def _paired(runs: Sequence[Run], others: Sequence[Run]) -> bool:
+    """Say whether every run has its counterpart."""
+    return len(runs) > 1 and {run.seed for run in runs} <= {run.seed for run in others}

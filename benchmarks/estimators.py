@@ -1,0 +1,73 @@
+"""Which method trains the best network at 4, 3 and 2 bits? One model, one budget, the same data for everyone.
+
+    python benchmarks/estimators.py [--only METHOD] [--bits 4 3 2] [--tables]
+
+Protocol: `estimating/lab.py` says what is trained, `estimating/methods.py` and `peers.py` how. Every method gets three learning rates,
+tried at 3 bits on the validation part of the corpus with the data of seed 0, and is reported at all widths on the test part with three
+other seeds: the best rate's losses, less those of full precision with the same data (its own best of the same three rates). Methods with a
+teacher are held against full precision with the same teacher, which is the full-precision run of the same seed. A run that
+results/estimators.csv holds is not repeated. Writes estimators.csv (runs), estimators_table.csv, estimators.svg; `--tables` runs nothing.
+`--sweep` runs a method over a fourfold range of rates, test part, one seed, into estimators_rates.csv.
+
+Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies unfoldNd`.
+About an hour of one core.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import torch
+from estimating.lab import Lab
+from estimating.methods import FLOAT, TAUGHT, Arm, arms
+from estimating.peers import peers
+from estimating.runs import FLOAT_BITS, RESULTS, SEEDS, Run, Table, fill, made
+from estimating.summary import figure, summarise, write
+
+BITS = (4, 3, 2)
+SWEPT = (1.1e-3, 2.2e-3, 4.4e-3)
+PEERS_AFTER = "default"  # the row that peers follow, so that the most important come first
+
+
+def ordered() -> dict[str, Arm]:
+    """Return all arms, those of other libraries after the default."""
+    own, others = arms(), peers()
+    names = list(own)
+    place = names.index(PEERS_AFTER) + 1
+    return {name: (own | others)[name] for name in [*names[:place], *others, *names[place:]]}
+
+
+def sweep(lab: Lab, name: str, arm: Arm, bits: int) -> Iterator[Run]:
+    """Make a method's runs over a fourfold range of learning rates."""
+    table = Table(RESULTS / "estimators_rates.csv")
+    there = {run.key for run in table.runs}
+    for rate in SWEPT:
+        key = (name, bits, rate, SEEDS[0], "test")
+        if key not in there:
+            yield made(table, lab, key, arm)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="methods; else all")
+    parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
+    parser.add_argument("--tables", action="store_true", help="run nothing, summarise")
+    parser.add_argument("--sweep", action="store_true", help="over learning rates, instead of the comparison")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    everyone, table, lab = ordered(), Table(RESULTS / "estimators.csv"), Lab()
+    unknown = sorted(set(options.only or ()) - set(everyone))
+    if unknown:
+        parser.error(f"--only must name methods: got {unknown}. There are: {', '.join(everyone)}")
+    for name in () if options.tables else options.only or everyone:
+        for bits in (FLOAT_BITS,) if name in (FLOAT, TAUGHT) else options.bits:
+            runs = sweep(lab, name, everyone[name], bits) if options.sweep else fill(table, lab, name, everyone[name], bits)
+            for run in runs:
+                print(f"{name:<26} {bits:>2} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
+    rows = summarise(Table(RESULTS / "estimators.csv"), everyone, BITS)
+    write(rows, RESULTS / "estimators_table.csv")
+    figure(rows, RESULTS / "estimators.svg")
+
+
+if __name__ == "__main__":
+    main()
