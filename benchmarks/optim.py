@@ -4,10 +4,11 @@
 
 Ten million float32 parameters, all of them quantized to int4 in blocks of 32, as one matrix and as the 84 matrices of a 12-layer
 transformer; no forward or backward pass. Every round steps each variant once, in an order that rotates, and a ratio is the median over
-rounds of variant / torch's fused AdamW *within the round*, so that a drifting machine cancels. The floor is the least memory traffic that
-a step can have (28 bytes a parameter: weight, gradient and two moments in, weight and two moments out; 32 where a rounded copy is written
-as well) at the higher bandwidth of a copy and of a product in place, measured in the same run. Compilation is timed in processes of its
-own, with empty caches and again with what the first one left. Needs a C compiler and `pip install "stepwell[fast]"`.
+rounds of variant / torch's fused AdamW *within the round*, so that a drifting machine cancels; processor time of the one thread, so that
+others on the machine do not count. The floor is the least memory traffic that a step can have (28 bytes a parameter: weight, gradient and
+two moments in, weight and two moments out; 32 where a rounded copy is written as well) at the higher bandwidth of a copy and of a product
+in place, measured in the same run. Compilation is timed in processes of its own, with empty caches and again with what the first one left.
+Needs a C compiler and `pip install "stepwell[fast]"`.
 """
 
 import argparse
@@ -41,11 +42,11 @@ METHODS: dict[str, Callable[[], sw.methods.base.Method]] = {
 TORCH = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
 REFERENCE = "torch fused"
 LOADING = """
-import sys, time, torch
+import os, sys, torch
 from stepwell.optim import engines
-before = time.perf_counter()
+before = sum(os.times()[:4])  # of this process and the compiler that it starts
 assert engines.load(sys.argv[1]) is not None
-print(time.perf_counter() - before)
+print(sum(os.times()[:4]) - before)
 """
 
 
@@ -124,9 +125,9 @@ def bandwidth() -> dict[str, float]:
     for name, work in (("copy", lambda: target.copy_(source)), ("in place", lambda: target.mul_(1.0))):
         times = []
         for _ in range(15):
-            before = time.perf_counter()
+            before = time.process_time()
             work()
-            times.append(time.perf_counter() - before)
+            times.append(time.process_time() - before)
         found[name] = 2 * 4 * source.numel() / min(times)
     return found
 
@@ -141,10 +142,10 @@ def measure(shape: str, rounds: int, warmup: int = 3) -> dict[str, object]:
     for turn in range(warmup + rounds):
         for k in range(len(names)):
             name = names[(turn + k) % len(names)]
-            before = time.perf_counter()
+            before = time.process_time()
             steps[name]()
             if turn >= warmup:
-                times[name].append(time.perf_counter() - before)
+                times[name].append(time.process_time() - before)
         print(f"\r{shape}: round {turn + 1} of {warmup + rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     count = sum(parameter.numel() for parameter in SHAPES[shape]().parameters())
@@ -164,7 +165,7 @@ def measure(shape: str, rounds: int, warmup: int = 3) -> dict[str, object]:
 
 
 def compile_seconds() -> dict[str, list[float]]:
-    """Return how long each kernel takes to be there, with an empty cache and with the one that this left."""
+    """Return how much processor time each kernel takes to be there, with an empty cache and with the one that this left."""
     found: dict[str, list[float]] = {}
     for name in engines.NAMES:
         with tempfile.TemporaryDirectory() as folder:

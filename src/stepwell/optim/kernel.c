@@ -19,7 +19,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { CHUNK = 128 };
+enum { CHUNK = 128, AHEAD = 2 * CHUNK };
 
 typedef struct {
     float sign, decay, mix, blend, gain, keep, root, eps, rate;     /* AdamW */
@@ -155,6 +155,17 @@ INLINE void round_to_grid(float *restrict shown, const float *restrict weight, p
     }
 }
 
+/* Ask for the memory of a later chunk: a chunk's arrays are read one after the other, and each would be waited for. */
+INLINE void prefetch(const Arrays *at) {
+    for (ptrdiff_t i = AHEAD; i < AHEAD + CHUNK; i += 64 / (ptrdiff_t)sizeof(float)) {
+        __builtin_prefetch(at->weight + i, 1);
+        __builtin_prefetch(at->second + i, 1);
+        __builtin_prefetch(at->grad + i, 0);
+        __builtin_prefetch(at->first + i, 1);
+        if (at->shown) __builtin_prefetch(at->shown + i, 1);
+    }
+}
+
 INLINE Arrays offset(const Arrays *all, ptrdiff_t elements, ptrdiff_t rows) {
     return (Arrays){all->shown + (all->shown ? elements : 0), all->weight + elements, all->grad + elements, all->first + elements,
                     all->second + elements, all->scales + (all->scales ? rows : 0)};
@@ -215,6 +226,7 @@ INLINE void rows(const Arrays *all, ptrdiff_t start, ptrdiff_t stop, ptrdiff_t b
     ptrdiff_t most = block < CHUNK ? CHUNK / block : 1;
     for (ptrdiff_t row = start; row < stop; row += most) {
         Arrays at = offset(all, row * block, row);
+        prefetch(&at);
         if (block > CHUNK)
             piecewise(&at, block, is, pushes, deploys);
         else if (stop - row >= most)
