@@ -25,6 +25,10 @@ from stepwell.schedules import sigmoid
 
 ANNEALED = 0.8  # share of the run in which the forward pass goes from free to rounded weights
 
+# Strength of the penalty in theory's unit. On validation data of a byte language model, means of two seeds, 2 instead of 1 changed the
+# loss by -.0010, -.0012 and +.0009 nats at 4, 3 and 2 bits.
+STRENGTH, STRENGTH_2_BITS = 2.0, 1.0
+
 
 def quantize_training(
     model: nn.Module,
@@ -86,7 +90,7 @@ def quantize_training(
 def recipe(quantizer: Quantizer, *, steps: int, loss_terms: float | None = None) -> Method:
     """Return the default method for a run of `steps` optimizer steps; arguments as in `quantize_training`."""
     grid = all_codes(quantizer)
-    penalty = lotion(grid, loss_terms=loss_terms)
+    penalty = lotion(grid, strength=STRENGTH if grid.format.bits > 2 else STRENGTH_2_BITS, loss_terms=loss_terms)
     forward = parq(grid, slope=sigmoid(1, 0, steps=max(1, round(ANNEALED * steps))))
     method = forward._replace(push=penalty.push, loss_terms=penalty.loss_terms)
     if grid.format.levels == "affine" or isinstance(grid.rule, float):
