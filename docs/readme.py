@@ -45,9 +45,32 @@ def cost() -> str:
     return "\n".join([head, *rows, "", note])
 
 
+def optimizer() -> str:
+    """Return the table of the optimizer step's cost, from the benchmark's results."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "optim.json").read_text())
+    ways = ("one pass, c", "one pass, numba", "numba passes around torch fused", "compiled passes around torch fused")
+    heads = ("one pass in C", "one pass in numba", "passes around torch's, numba", "passes around torch's, torch.compile")
+    lines = [f"| time over torch's fused AdamW | {' | '.join(heads)} |", "|---" * (1 + len(ways)) + "|"]
+    for shape, found in result["shapes"].items():
+        for method in ("lotion", "ste", "ste + lotion"):
+            ratios = [f"{found['variants'][f'{method}: {way}']['ratio']:.2f}" for way in ways]
+            lines.append(f"| {method}, {shape} | {' | '.join(ratios)} |")
+    one = result["shapes"]["one matrix"]
+    floors = ", ".join(f"{name} {one['variants'][name]['over_floor']:.2f}" for name in ("torch fused", "lotion: one pass, c"))
+    first, again = result["compile_seconds"]["numba"]
+    note = (
+        "Ten million parameters, int4 in blocks of 32, one thread, the step alone. "
+        f"Medians of {result['rounds']} interleaved rounds, ratio within a round (processor time); {result['machine']}; "
+        f"torch {result['torch']}. Over the floor of 28 bytes per parameter: {floors}. Compiled once per machine: C in "
+        f"{result['compile_seconds']['c'][0]:.0f} s, numba in {first:.0f} s (then {again:.1f} s per process). "
+        "`python benchmarks/optim.py` measures it again."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def render(text: str) -> str:
     """Return the README with every marked part filled in."""
-    for name, part in (("tree", tree), ("cost", cost)):
+    for name, part in (("tree", tree), ("cost", cost), ("optimizer", optimizer)):
         pattern = re.compile(rf"(<!-- {name}[^>]*-->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no part marked {name!r}.")
