@@ -66,10 +66,13 @@ def test_another_processor_another_compiler_other_flags_another_file(cache, monk
 
 
 @needs_compiler
-@pytest.mark.parametrize("place", ["a file where the folder should be", "a folder that cannot be written to"])
+@pytest.mark.parametrize("place", ["a file where the folder should be", "a folder that others may write to", "a folder that nobody may"])
 def test_where_nothing_can_be_kept_it_is_compiled_for_this_process(place, cache):
     if place.startswith("a file"):
         cache.write_text("")
+    elif place.endswith("others may write to"):
+        cache.mkdir()
+        cache.chmod(0o777)
     else:
         if os.geteuid() == 0:
             pytest.skip("root may write anywhere")

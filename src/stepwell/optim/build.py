@@ -56,6 +56,8 @@ def _kept(compiler: str, flags: tuple[str, ...], target: Path) -> ctypes.CDLL | 
     """Load the file that an earlier process compiled, or compile it there; None where the directory cannot be used."""
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _ours(target.parent):
+            return None
         loaded = _load(target)
         if loaded is not None:
             return loaded
@@ -70,6 +72,12 @@ def _kept(compiler: str, flags: tuple[str, ...], target: Path) -> ctypes.CDLL | 
     except OSError:  # a directory that cannot be written to
         return None
     return loaded
+
+
+def _ours(folder: Path) -> bool:
+    """Whether nobody else can put a file there that this process would run."""
+    status = folder.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _fleeting(compiler: str, flags: tuple[str, ...], name: str) -> ctypes.CDLL | None:

@@ -77,7 +77,7 @@ def run(engine: Engine, arrays: Arrays, block: int, numbers: NDArray[np.void]) -
     if share >= rows:
         engine.step(arrays, 0, rows, block, numbers)
         return
-    pool, starts = _pool(threads), range(share, rows, share)
+    pool, starts = _pool(os.getpid(), threads), range(share, rows, share)
     waiting = [pool.submit(engine.step, arrays, start, min(start + share, rows), block, numbers) for start in starts]
     engine.step(arrays, 0, share, block, numbers)
     for future in waiting:
@@ -85,12 +85,10 @@ def run(engine: Engine, arrays: Arrays, block: int, numbers: NDArray[np.void]) -
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return helpers for one thread that works itself."""
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return helpers for one thread that works itself; a forked process, which inherits none, makes its own."""
+    del process
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="stepwell")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _in_c() -> Step | None:
