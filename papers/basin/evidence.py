@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binomtest
 from shared import BLUE, BROWN, GREEN, GREY, RED, Array, read
 
-TOLERANCE, MIDDLE_RATE, DRAWS = 0.1, 1e-3, 2000
+TOLERANCE, MIDDLE_RATE, DRAWS = 0.1, 1e-3, 500
 ARCHITECTURES = {"digits-mlp": BLUE, "digits-deep": BROWN, "digits-cnn": GREEN, "bytes-lm": RED, "cifar-bn": GREY}
 GROUPS = ("all", "digits", "bytes-lm", "cifar-bn")
 SCHEMES = ("tensor-mse", "channel-mse", "tensor-absmax")

@@ -107,10 +107,11 @@ def write_removed(rows: list[Row]) -> None:
             within = sum(row[method] <= TOLERANCE for row in mine)
             worse = sum(row[method] > row["rtn"] for row in mine)
             share = interval(mine, median_removed(method))
-            table.append((group, label, len(mine), *share, within, *wilson(within, len(mine)), worse))
+            better = sum(row[f"{method}_heldout"] < row["qat_heldout"] - CLEAR for row in mine)
+            table.append((group, label, len(mine), *share, within, *wilson(within, len(mine)), worse, better))
             print(f"{group}, {label}: removes {share[0]:.2f} ({share[1]:.2f} to {share[2]:.2f}), within {within} of {len(mine)}")
-    header = ("group", "method", "rtn_failures", "removed_median", "low", "high", "within", "within_low", "within_high", "worse_than_rtn")
-    write("increases_removed.csv", header, table)
+    header = ("group", "method", "rtn_failures", "removed_median", "low", "high", "within", "within_low", "within_high")
+    write("increases_removed.csv", (*header, "worse_than_rtn", "better_than_qat_held_out"), table)
 
 
 def write_lotion(rows: list[Row]) -> None:

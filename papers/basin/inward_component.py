@@ -3,7 +3,8 @@
 Points are logged at 0, 1, 2, 4, ... steps of QAT (learning rate 1e-3) and at its end. c_q and c_w are cosines of the descent direction at
 deployed and latent weights with the way back from the deployed ones; p_q is the fall of the loss per unit on it. On a convex slice c_q is
 positive everywhere: its sign alone shows no wall. A random direction has a cosine of about one over the root of the number of weights.
-"Sane" leaves out points whose loss is above that of guessing, log 10 or log 256: there the loss has levelled off.
+"Sane" leaves out points whose loss is above that of guessing, log 10 or log 256; "without ternary absmax" leaves out the grids whose
+weights are nearly all zero. Both were added after the first look: on these points the loss has levelled off.
 Writes results/inward_component.svg and inward_component.csv. Skipped where results/inward.csv is not there.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-from evidence import ARCHITECTURES, GROUPS, Row, auc, interval, legend, numbers, of_group
+from evidence import ARCHITECTURES, GROUPS, Row, auc, interval, legend, networks, numbers, of_group
 from shared import GREY, save, write
 
 Statistic = Callable[[Sequence[Row]], float]
@@ -37,6 +38,8 @@ def main() -> None:
         "auc_p_q": told_apart("projection"),
         "c_q>0|out, sane": lambda mine: positive("cosine", 1)(sane(mine)),
         "auc_p_q, sane": lambda mine: told_apart("projection")(sane(mine)),
+        "auc_p_q, without ternary absmax": lambda mine: told_apart("projection")([row for row in mine if not ternary_absmax(row)]),
+        "auc_p_q, mean within networks": within_networks,
     }
     table = []
     for group in GROUPS:
@@ -51,6 +54,15 @@ def main() -> None:
         if row[1] == "k >= 1":
             print(f"{row[0]}, {row[3]} of {row[2]} outside, {row[4]}: {row[5]:.3f} ({row[6]:.3f} to {row[7]:.3f})")
     draw(rows)
+
+
+def ternary_absmax(row: Row) -> bool:
+    return bool(row["scheme"] == "tensor-absmax" and row["bits"] == 2)
+
+
+def within_networks(rows: Sequence[Row]) -> float:
+    found = [told_apart("projection")([row for row in rows if row["network"] == name]) for name in networks(rows)]
+    return float(np.nanmean(found)) if not np.isnan(found).all() else np.nan
 
 
 def sane(rows: Sequence[Row]) -> list[Row]:

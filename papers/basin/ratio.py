@@ -4,8 +4,9 @@ Left and middle: RTN increase against the ratio for uniform noise and against th
 the ROC curve for failures of RTN, GPTQ and QAT. rho_self is a tautology (it is above 1 exactly where RTN fails, for a line that only rises)
 and is shown as such; rho_cross shares the direction of another rounding of the same network. Failures of GPTQ and QAT with BatchNorm are
 those of re-estimated statistics, ratios those of frozen ones; RTN is scored both ways.
-Writes results/ratio.svg, ratio.csv (areas, and accuracy at the natural threshold), ratio_gray_zone.csv and ratio_difference.csv (areas
-compared on the same networks). Skipped where results/runs.csv is not there.
+Writes results/ratio.svg, ratio.csv (areas, and accuracy at the natural threshold), ratio_gray_zone.csv, ratio_difference.csv (areas
+compared on the same networks) and ratio_quadratic.csv (the quadratic proxy over the true increase). Skipped where results/runs.csv is not
+there.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,23 @@ def main() -> None:
     header = ("group", "ratio", "largest_without_failure", "smallest_with_failure", "best_threshold", "best_accuracy", "spearman")
     write("ratio_gray_zone.csv", header, zones)
     write("ratio_difference.csv", ("failure_of", "ratio", "auc_minus_bits_alone", "low", "high"), differences(rows))
+    write_quadratic(rows)
     draw(rows, [row for row in table if row])
+
+
+def write_quadratic(rows: list[Row]) -> None:
+    """Write, per group and bits, the quadratic proxy over the true increase where RTN fails: below 1 it underestimates."""
+    table = []
+    for group in GROUPS:
+        for bits in (0, 4, 3, 2):
+            mine = [row for row in of_group(rows, group) if row["rtn_frozen"] > TOLERANCE and bits in (0, row["bits"])]
+            if mine:
+                over = np.array([row["quadratic"] / row["rtn_frozen"] for row in mine])
+                middle = interval(mine, lambda found: float(np.median([row["quadratic"] / row["rtn_frozen"] for row in found])))
+                below = int((over < 1).sum())
+                table.append((group, bits or "all", len(mine), *middle, below, over.min(), over.max()))
+                print(f"{group}, {bits or 'all'} bits: quadratic over true {middle[0]:.2f}, below 1 in {below} of {len(mine)}")
+    write("ratio_quadratic.csv", ("group", "bits", "rtn_failures", "median", "low", "high", "below_1", "least", "most"), table)
 
 
 def chosen(rows: Sequence[Row], few: int) -> list[Row]:
