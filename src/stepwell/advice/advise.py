@@ -57,13 +57,15 @@ def advise(
         batches: data that the model was not trained on, in batches of equal size; several, so that an error can be given. A third of them
             calibrates GPTQ, the rest measures.
         quantizers: grids to judge, each as `ptq.rtn` takes it.
-        tolerance: growth of the loss that is acceptable, above 0, in its unit. The forecast was fitted on cross entropies in nats.
+        tolerance: growth of the loss that is acceptable, above 0, in its unit. The forecast was fitted on cross entropies in nats; at a
+            tolerance more than ten times away from those that it was judged at, it decides nothing: what is not measured is uncertain.
         calibration: other batches for GPTQ, for example training data; then all of `batches` measure.
         skip: names or patterns of parameters or modules to leave in float.
         rate: learning rate of the training run that is forecast, of Adam.
         early: `(train, steps)` runs a tenth of the training and forecasts from that: `train(model, step)` returns the loss on that step's
             training batch, `steps` is the length of the whole run.
-        measure: False stops at one basin width, which serves all grids: some 30 forward passes, no GPTQ, and wider intervals.
+        measure: False stops at one basin width, which serves all grids: some 30 forward passes (50 at a tolerance other than that of the
+            fit), no GPTQ, and wider intervals.
         seed: of the direction in which the width is measured.
         on_step: called with a few words whenever something has been done: show progress.
 
@@ -134,7 +136,7 @@ class _Work(NamedTuple):
     parts: Parts
     rounded_only: frozenset[str]
     coefficients: Coefficients
-    widths: dict[frozenset[str], Width]
+    widths: dict[tuple[frozenset[str], float], Width]
 
 
 def _plans(model: nn.Module, quantizers: Sequence[Grid], skip: Sequence[str]) -> list[_Plan]:
@@ -180,17 +182,21 @@ def _settling(model: nn.Module, measure: bool) -> list[str]:
 
 def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
     """Judge one grid."""
+    work.stage.put(lambda name, base: base)
     before, known = work.stage.cost, set(work.widths)
-    evidence, d20, calibrating = _evidence(work, asked, plan)
-    estimates = work.coefficients.estimates(evidence)
-    method, deciding = decide(estimates, asked.tolerance)
-    shared = sum((width.cost.forward for names, width in work.widths.items() if names not in known), 0)
+    encoded = {row.name: row.quantizer.encode(row.parameter) for row in plan.rows}
+    evidence, d20, calibrating = _evidence(work, asked, plan, encoded)
+    rho = _rho(work, asked, encoded, asked.tolerance)
+    estimates, judged = work.coefficients.estimates(evidence), work.coefficients.judged(asked.tolerance)
+    method, deciding = decide(estimates, asked.tolerance, forecasts=judged)
+    shared = sum((width.cost.forward for key, width in work.widths.items() if key not in known), 0)
     after = work.stage.cost
     said = reasons(
         estimates,
         evidence,
         asked.tolerance,
         work.coefficients,
+        rho=rho,
         d20=d20,
         rounded_only=work.rounded_only.intersection(row.name for row in plan.rows),
         weights=sum(row.parameter.numel() for row in plan.rows),
@@ -204,18 +210,16 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
         cost=Cost(after.forward - before.forward - shared + calibrating, after.backward - before.backward),
         grid=plan.label,
         tolerance=asked.tolerance,
-        rho=evidence.rho * math.sqrt(work.coefficients.tolerance / asked.tolerance),
+        rho=rho,
         estimates=estimates,
-        safe=safe(estimates, asked.tolerance),
-        hit_rate=work.coefficients.score(_tier(asked), asked.tolerance).hits,
+        safe=safe(estimates, asked.tolerance, forecasts=judged),
+        hit_rate=work.coefficients.score(_tier(asked), asked.tolerance).hits if judged else math.nan,
     )
 
 
-def _evidence(work: _Work, asked: _Asked, plan: _Plan) -> tuple[Evidence, float | None, int]:
+def _evidence(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded]) -> tuple[Evidence, float | None, int]:
     """Return what is found out about one grid, the increase after 20 training steps, and how many passes calibrated."""
-    work.stage.put(lambda name, base: base)
-    encoded = {row.name: row.quantizer.encode(row.parameter) for row in plan.rows}
-    evidence, d20, passes = Evidence(_rho(work, asked, encoded), asked.rate), None, 0
+    evidence, d20, passes = Evidence(_rho(work, asked, encoded, work.coefficients.tolerance), asked.rate), None, 0
     if not asked.measure:
         return evidence, d20, passes
     work.stage.put(_deploy(encoded))
@@ -238,14 +242,14 @@ def _evidence(work: _Work, asked: _Asked, plan: _Plan) -> tuple[Evidence, float 
     return evidence._replace(early=found[max(found)]), found.get(FOUR_TERMS_STEP), passes
 
 
-def _rho(work: _Work, asked: _Asked, encoded: Mapping[str, Encoded]) -> float:
-    """Return rho_fn as `probes.rho_fn` defines it; the width is measured once for all grids on the same weights."""
-    stage, names = work.stage, frozenset(encoded)
-    if names not in work.widths:
+def _rho(work: _Work, asked: _Asked, encoded: Mapping[str, Encoded], tolerance: float) -> float:
+    """Return rho_fn as `probes.rho_fn` defines it; a width is measured once for all grids on the same weights."""
+    stage, key = work.stage, (frozenset(encoded), tolerance)
+    if key not in work.widths:
         noise = gaussian_noise(dict(encoded), keys(asked.seed, 1)[0])
-        work.widths[names] = along(stage, _within(names, noise), work.coefficients.tolerance)
+        work.widths[key] = along(stage, _within(key[0], noise), tolerance)
         asked.on_step("width of the basin")
-    return length(toward(dict(encoded)), {name: stage.base[name] for name in encoded}) / work.widths[names].radius
+    return length(toward(dict(encoded)), {name: stage.base[name] for name in encoded}) / work.widths[key].radius
 
 
 def _gptq(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded]) -> tuple[Estimate, int]:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 Tier = Literal["width", "probes", "early"]  # one width and no more; RTN and GPTQ measured; a tenth of the training run as well
 Trained = Literal["RTN", "GPTQ", "train"]
 FILE = "coefficients.json"
+FAR = 10.0  # times a tolerance that was judged: beyond, a forecast says nothing
 LARGEST = 1e6  # an increase that is infinite, or nearly, enters as this
 
 
@@ -126,6 +127,10 @@ class Coefficients:
     def score(self, tier: Tier, tolerance: float) -> Score:
         """Return the score at the tolerance nearest to the one asked for."""
         return min((one for one in self.scores if one.tier == tier), key=lambda one: abs(math.log(one.tolerance / tolerance)))
+
+    def judged(self, tolerance: float) -> bool:
+        """Return whether verdicts were scored at a tolerance like this; a loss in other units than nats asks for very different ones."""
+        return any(one.tolerance / FAR <= tolerance <= one.tolerance * FAR for one in self.scores)
 
     def features(self, evidence: Evidence) -> dict[str, float]:
         """Return what the formulas take, floored; what is not known is missing."""

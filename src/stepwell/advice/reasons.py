@@ -1,10 +1,10 @@
 """Reasons: a verdict's evidence in plain words."""
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 
 from stepwell.advice.early import SHARE
 from stepwell.advice.forecast import Coefficients, Estimate, Evidence, Score, four_terms
+from stepwell.advice.verdict import safe
 
 HOW = "train with straight-through rounding and LOTION's penalty: `stepwell.lotion(q, loss_terms=.., forward='nearest')`"
 
@@ -15,6 +15,7 @@ def reasons(
     tolerance: float,
     coefficients: Coefficients,
     *,
+    rho: float,
     d20: float | None,
     rounded_only: Collection[str],
     weights: int,
@@ -23,25 +24,36 @@ def reasons(
 
     Args:
         estimates, evidence, tolerance, coefficients: what it was made from.
+        rho: rho_fn at the tolerance.
         d20: increase of the loss after 20 steps of an early run; None without one.
         rounded_only: weights that GPTQ could not calibrate.
         weights: how many are quantized.
     """
-    for one in estimates:
+    judged = coefficients.judged(tolerance)
+    known = [one for one in estimates if one.measured or judged]
+    for one in known:
         yield _standing(one, tolerance)
         if one.high <= tolerance:
             break
-    unsure = [one for one in estimates if one.low <= tolerance < one.high]
-    sure = next((one.method for one in estimates if one.high <= tolerance), None)
+    unsure = [one for one in known if one.low <= tolerance < one.high]
+    sure = safe(known, tolerance)
+    if len(known) < len(estimates) and not sure:
+        near = sorted(score.tolerance for score in coefficients.scores)
+        yield (
+            f"what is not measured is unknown: forecasts are of cross entropies in nats and were judged at tolerances from {near[0]:g} to "
+            f"{near[-1]:g}, {tolerance:g} is far from these"
+        )
     if unsure and sure:
         yield f"{'training' if sure == 'train' else sure} is the cheapest that is surely enough"
     if unsure and not sure:
         yield "nothing that was looked at is surely enough"
     if estimates[-1].method == "train" and sure in ("train", None):
-        if estimates[-1].low <= tolerance:
+        if judged and estimates[-1].low <= tolerance:
             yield HOW
-        yield from _about_training(evidence, coefficients, d20, weights)
-    rho = evidence.rho * math.sqrt(coefficients.tolerance / tolerance)
+        if evidence.early is not None:
+            yield f"after {SHARE:.0%} of the steps the rounded weights stand at {evidence.early:+.3g}"
+        if judged:
+            yield from _about_training(evidence, coefficients, d20, weights)
     yield f"rounding moves the weights {rho:.2g} basin widths (rho_fn; RTN tends to fail above 1)"
     if rounded_only and evidence.gptq is not None:
         shown = ", ".join(sorted(rounded_only)[:3]) + (" and others" if len(rounded_only) > 3 else "")
@@ -54,8 +66,8 @@ def hit_rate(score: Score, tolerance: float) -> str:
     if score.tolerance != tolerance:
         where += f" (nothing was scored at {tolerance:g})"
     return (
-        f"On held-out data of {score.networks} networks, each left out of the fit, such verdicts named the cheapest sufficient method in "
-        f"{score.hits:.0%} of {score.configurations} cases {where}; {score.uncertain:.0%} were uncertain and are not counted."
+        f"On held-out data of {score.networks} networks, each left out of the fit, {score.uncertain:.0%} of {score.configurations} such "
+        f"verdicts {where} were uncertain; the others named the cheapest sufficient method in {score.hits:.0%} of cases."
     )
 
 
@@ -74,8 +86,6 @@ def _about_training(evidence: Evidence, coefficients: Coefficients, d20: float |
     steps = coefficients.ranges["steps"]
     span = f"{steps[0]:g}" if steps[0] == steps[1] else f"{steps[0]:g} to {steps[1]:g}"
     yield f"forecast of straight-through training, {span} steps of Adam at {evidence.rate:g}, from {rows} runs of {len(networks)} networks"
-    if evidence.early is not None:
-        yield f"after {SHARE:.0%} of the steps the rounded weights stand at {evidence.early:+.3g}"
     if d20 is not None and evidence.gptq is not None:
         other = four_terms(d20, evidence.gptq.increase, evidence.rho, coefficients.floor)
         yield f"an independent formula, from the loss after 20 steps ({d20:+.3g}), says {other:.3g}"

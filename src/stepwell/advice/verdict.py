@@ -34,7 +34,8 @@ class Verdict:
         rho: rounding distance in widths of the basin (rho_fn), at the tolerance.
         estimates: what each method was measured or forecast to leave, cheapest first; those that were not needed are missing.
         safe: the cheapest method whose whole interval is within tolerance; None where there is none.
-        hit_rate: how often such a verdict was right on networks that its coefficients were not fitted on, uncertain ones left out.
+        hit_rate: how often such a verdict was right on networks that its coefficients were not fitted on, uncertain ones left out; NaN
+            where nothing was judged at a tolerance like this.
     """
 
     method: Method
@@ -81,16 +82,19 @@ class Advice(list[Verdict]):
     __repr__ = __str__
 
 
-def decide(estimates: Sequence[Estimate], tolerance: float) -> tuple[Method, Estimate]:
+def decide(estimates: Sequence[Estimate], tolerance: float, *, forecasts: bool = True) -> tuple[Method, Estimate]:
     """Return the verdict over methods, cheapest first, and the estimate that it rests on.
 
-    A method is taken where its whole interval is within tolerance, ruled out where none of it is; in between nothing can be said.
+    A method is taken where its whole interval is within tolerance, ruled out where none of it is; in between nothing can be said. Nor can
+    it of anything that is not measured where `forecasts` is False.
 
     >>> rtn, gptq = Estimate("RTN", 0.3, 0.2, 0.4, True), Estimate("GPTQ", 0.05, 0.04, 0.06, True)
     >>> decide([rtn, gptq], 0.1)[0], decide([rtn, gptq], 0.05)[0], decide([rtn, gptq], 0.5)[0]
     ('GPTQ', 'uncertain', 'RTN')
     """
     for one in estimates:
+        if not (one.measured or forecasts):
+            return "uncertain", one
         if one.high <= tolerance:
             return one.method, one
         if one.low <= tolerance:
@@ -98,9 +102,9 @@ def decide(estimates: Sequence[Estimate], tolerance: float) -> tuple[Method, Est
     return "not reachable", estimates[-1]
 
 
-def safe(estimates: Sequence[Estimate], tolerance: float) -> str | None:
-    """Return the cheapest method whose whole interval is within tolerance."""
-    return next((one.method for one in estimates if one.high <= tolerance), None)
+def safe(estimates: Sequence[Estimate], tolerance: float, *, forecasts: bool = True) -> str | None:
+    """Return the cheapest method whose whole interval is within tolerance; of those measured alone where `forecasts` is False."""
+    return next((one.method for one in estimates if one.high <= tolerance and (one.measured or forecasts)), None)
 
 
 def _ends(verdict: Verdict) -> str:

@@ -241,6 +241,7 @@ def _timed(subject: "Subject") -> float:
 def _announced(subject: "Subject", grids: list["Quantizer"], effort: "Effort", skip: list[str], seconds: float) -> tuple[float, str]:
     """Return about how many passes will be made, and the sentence that says so."""
     from stepwell.advice.measure import divide
+    from stepwell.commands.explain_words import counted
     from stepwell.explain import planned, scheme
     from stepwell.selection import select
 
@@ -248,7 +249,8 @@ def _announced(subject: "Subject", grids: list["Quantizer"], effort: "Effort", s
     sizes = (len(parts.calibrating), len(parts.measuring))
     passes = planned(effort, grids=len(grids), schemes=len({scheme(grid) for grid in grids}), layers=layers, batches=sizes)
     words = (
-        f"{effort.name} mode: {len(grids)} grids, {layers} layers, about {passes:.0f} passes over {len(subject.batches)} batches, "
+        f"{effort.name} mode: {counted(len(grids), 'grid')}, {counted(layers, 'layer')}, about {passes:.0f} passes over "
+        f"{counted(len(subject.batches), 'batch', 'batches')}, "
         f"{seconds:.2g} s each: {_duration(passes * seconds)}, and what happens between them."
     )
     return passes, words

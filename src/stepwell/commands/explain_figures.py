@@ -143,14 +143,16 @@ def searches(report: GridReport, explanation: Explanation, unit: str) -> Figure:
         for one in found
     ]  # fmt: skip
     columns = ["search", "before", "after", "held out, before", "held out, after", "codes moved", "budget", "within tolerance on both"]
+    bars = [Bars("batches that the search saw", [_finite(value) for value in seen], 0)]
+    if explanation.held_out:
+        bars.insert(0, Bars("held-out batches", [_finite(value) for value in unseen], 2))
+    else:
+        columns, rows = [*columns[:3], *columns[5:]], [[*row[:3], *row[5:]] for row in rows]
     return Figure(
         f"Low-loss grid points near: {named(report, explanation)}",
         draw_bars(
             names,
-            [
-                Bars("held-out batches", [_finite(value) for value in unseen], 2),
-                Bars("batches that the search saw", [_finite(value) for value in seen], 0),
-            ],
+            bars,
             axis=Axis(f"increase of the loss ({unit})"),
             label="Increase of the loss before and after searches",
             limit=(explanation.tolerance, "tolerance"),

@@ -1,10 +1,11 @@
 """The page of `stepwell explain`: every sentence with a number in it is made from the numbers."""
 
+import math
 import platform
 from typing import TYPE_CHECKING
 
 from stepwell.commands.explain_figures import gradients, layers, lines, losses, ratios, searches, slices
-from stepwell.commands.explain_words import VERDICTS, named, near, signed, verdict, worst
+from stepwell.commands.explain_words import VERDICTS, counted, named, near, signed, verdict, worst
 from stepwell.explain.records import Explanation, GridReport
 from stepwell.explain.sources import Subject
 from stepwell.report import Finding, Page, Section, Table
@@ -35,10 +36,15 @@ def page(subject: Subject, explanation: Explanation) -> Page:
 def _lead(explanation: Explanation) -> str:
     """Say what was measured, in two sentences."""
     search, measured = explanation.batches
+    data = (
+        f"on {counted(measured, 'batch', 'batches')}; {counted(search, 'other')} calibrated GPTQ and guided the searches"
+        if explanation.held_out
+        else "on the one batch that was given, which calibrated GPTQ and guided the searches as well"
+    )
     return (
-        f"{explanation.weights:,} of {explanation.parameters:,} weights, in {explanation.layers} parameters, were rounded to "
-        f"{len(explanation.grids)} grids. The float loss is {explanation.start:.4g} on {measured} batches; {search} others calibrated GPTQ "
-        f"and guided the searches. A method is enough if the loss grows by at most {explanation.tolerance:g}."
+        f"{explanation.weights:,} of {explanation.parameters:,} weights, in {counted(explanation.layers, 'parameter')}, were rounded to "
+        f"{counted(len(explanation.grids), 'grid')}. The float loss is {explanation.start:.4g} {data}. "
+        f"A method is enough if the loss grows by at most {explanation.tolerance:g}."
     )
 
 
@@ -73,7 +79,8 @@ def _verdicts(explanation: Explanation) -> Section:
         rows.append(
             [
                 named(report, explanation), VERDICTS[one.method], signed(one.predicted), f"{one.low:.3g} to {one.high:.3g}",
-                one.safe or "none", f"{one.hit_rate:.0%}", f"{one.cost.forward} + {one.cost.backward} backward",
+                one.safe or "none", "not judged" if math.isnan(one.hit_rate) else f"{one.hit_rate:.0%}",
+                f"{one.cost.forward} + {one.cost.backward} backward",
             ]
         )  # fmt: skip
         why.append([named(report, explanation), "; ".join(one.reasons) + "."])
@@ -170,7 +177,8 @@ def _method(explanation: Explanation) -> Section:
         "How it was measured",
         paragraphs=[
             "The model was in evaluation mode, its scales frozen while weights moved over the grid. A forward pass is one look at every "
-            "batch that was used; GPTQ's passes end at the layer that they are for and count as whole ones.",
+            "batch that was used, and each counts the same, whatever its size; GPTQ's passes end at the layer that they are for and count "
+            "as whole ones.",
             *explanation.notes,
         ],
         tables=[Table(["part", "forward passes", "backward passes", "seconds"], spent, "What it took.", strong=[len(spent) - 1])],

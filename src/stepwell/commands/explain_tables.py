@@ -1,7 +1,7 @@
 """What `stepwell explain` prints: a table per scheme that fits 80 columns, and what it took."""
 
 from stepwell.advice.reasons import HOW
-from stepwell.commands.explain_words import VERDICTS, aligned, near, worst
+from stepwell.commands.explain_words import VERDICTS, aligned, measured, near, searched, worst
 from stepwell.explain.records import Explanation, GridReport
 
 
@@ -48,16 +48,18 @@ def _row(report: GridReport, tolerance: float) -> dict[str, object]:
         "GPTQ": aligned(report.gptq.increase, tolerance),
         "rho_fn": f"{report.rho_fn.value:.2f}",
         "verdict": VERDICTS[verdict.method],
-        "expected": f"{aligned(verdict.predicted, tolerance)} ({low} to {high})",
+        "expected": f"{aligned(verdict.predicted, tolerance)} ({low} to {high})" if measured(report) else "unknown",
     }
 
 
 def _note(reports: list[GridReport], explanation: Explanation) -> str:
     """Return what the closer look says."""
-    words = ["searched: the better of scales searched without and with curvature; expected: with a 90 % interval."]
+    words = ["searched: the better of scales searched without and with curvature; expected: of the verdict's method, with its interval."]
     if any("train" in (report.verdict.method, report.verdict.safe) for report in reports):
         words.append(f"train: {HOW.removeprefix('train ')}")
     for report in reports:
+        if searched(report):
+            words.append(f"{report.bits} bits:{searched(report)}")
         if report.closer is not None:
             words += [f"{report.bits} bits: {worst(report)}", f"{report.bits} bits: {near(report, explanation)}"]
     return "\n".join(words)

@@ -27,7 +27,11 @@ def aligned(value: float, tolerance: float, sign: str = "+") -> str:
 
     >>> aligned(0.29871, 0.1), aligned(-0.00012, 0.1), aligned(12.3456, 0.1), aligned(0.2, 1.0, sign="-")
     ('+0.299', '-0.000', '+12.35', '0.20')
+    >>> aligned(3.14e-8, 1e-7)  # so many zeros would not fit
+    '+3.1e-08'
     """
+    if not 1e-4 <= tolerance < 1e5:
+        return f"{value:{sign}.1e}"
     decimals = max(0, 2 - math.floor(math.log10(tolerance)))
     return f"{value:{sign}.{max(decimals - (abs(value) >= 10), 0)}f}"
 
@@ -35,6 +39,15 @@ def aligned(value: float, tolerance: float, sign: str = "+") -> str:
 def brief(value: float) -> str:
     """Return an end of an interval with two digits."""
     return f"{value:.2g}" if abs(value) >= 0.001 or value == 0 else f"{value:.0e}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a number of things.
+
+    >>> counted(1, "grid"), counted(3, "grid"), counted(2, "batch", "batches")
+    ('1 grid', '3 grids', '2 batches')
+    """
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def named(report: GridReport, explanation: Explanation) -> str:
@@ -54,11 +67,31 @@ def verdict(report: GridReport) -> str:
     one = report.verdict
     method = "training" if one.method in ("train", "not reachable") else one.method if one.method != "uncertain" else "the first candidate"
     words = f"Expected increase by {method}: {expected(report)}."
+    if not measured(report):
+        words = f"Nothing that was measured is enough, and no forecast holds at a tolerance of {one.tolerance:g}."
     if one.method == "uncertain":
         words += f" Surely enough: {'training' if one.safe == 'train' else one.safe or 'nothing that was looked at'}."
     if one.method != "RTN":
         words += f" Rounding to nearest: {signed(report.rtn.increase)}."
-    return words
+    return words + searched(report)
+
+
+def measured(report: GridReport) -> bool:
+    """Say whether the number that a verdict is about was measured, or forecast by a formula that holds at this tolerance."""
+    one = report.verdict
+    return not math.isnan(one.hit_rate) or any(known.measured and known.increase == one.predicted for known in one.estimates)
+
+
+def searched(report: GridReport) -> str:
+    """Say, where neither RTN nor GPTQ is enough, that searched scales are: no verdict is given on them, but they were measured."""
+    best = min(report.rounded[1:3], key=lambda one: one.increase)
+    if report.verdict.method in ("RTN", "GPTQ") or not best.within:
+        return ""
+    kind = "weighted by curvature" if best.method == "curvature scales" else "searched by squared error"
+    return (
+        f" Without training, rounding with scales {kind} came within tolerance, {signed(best.increase)}: no verdict judges it, look at it "
+        "first."
+    )
 
 
 def worst(report: GridReport) -> str:
@@ -82,8 +115,8 @@ def damage(report: GridReport) -> str:
         return f"{layers[0].name} does the most damage; the loss overflows, so shares cannot be given."
     return (
         f"{worst(report)} The increases of {len(layers)} single weights sum to {signed(total)}, of which it has "
-        f"{max(layers[0].alone, 0.0) / total:.0%}; all at once cost {signed(together)}, {'more' if together > total else 'less'} than "
-        "the sum."
+        f"{max(layers[0].alone, 0.0) / total:.0%}; all at once cost {signed(together)}, "
+        f"{'about' if abs(together - total) < 0.02 * total else 'more than' if together > total else 'less than'} the sum."
     )
 
 
@@ -92,6 +125,11 @@ def near(report: GridReport, explanation: Explanation) -> str:
     assert report.closer is not None
     searches, tolerance = report.closer.searches, explanation.tolerance
     best = min(searches, key=lambda one: (not one.within, one.held_out))
+    if best.within and not explanation.held_out:
+        return (
+            f"{_opening(best)} found a grid point with {signed(best.held_out)}, no code more than one step from the rounded weights and "
+            f"{best.changed:.1%} of them moved, on the one batch that guided it: other data may disagree."
+        )
     if best.within:
         return (
             f"{_opening(best)} found a grid point with {signed(best.held_out)} on batches that it did not see, no code more than "
@@ -99,6 +137,8 @@ def near(report: GridReport, explanation: Explanation) -> str:
             + (", as rounding itself is one." if report.rtn.within else ", which rounding to nearest missed.")
         )
     budget = " and ".join(_budget(one) for one in searches)
+    if not explanation.held_out:
+        return f"Not found within {budget}; the best point is at {signed(best.held_out)}. That does not show that there is none."
     overfit = [one for one in searches if one.loss <= tolerance]
     if overfit:
         return (

@@ -46,8 +46,7 @@ def measure(
     Args:
         model: any module, in float.
         loss: `loss(model, batch)` returns the mean loss of one batch as a tensor with one element, the same for the same weights.
-        batches: data that the model was not trained on, in batches of equal size; three or more, so that searches are judged on data that
-            they did not see and errors can be given.
+        batches: data that the model was not trained on, of equal size; three or more, so that searches meet new data and errors are known.
         quantizers: the grids.
         tolerance: growth of the loss that still counts as good, above 0, in its unit.
         effort: how much is measured.
@@ -90,6 +89,7 @@ def measure(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=len(grids[0].rows),
         batches=(len(parts.calibrating), len(parts.measuring)),
+        held_out=parts.calibrating is not parts.measuring,
         grids=tuple(_reports(grids, found, ratios, lines, advice, closer)),
         worth=advice.notes[-1],
         notes=(parts.note, *_notes(model, beyond), *warned),

@@ -161,6 +161,7 @@ class Explanation:
         weights: quantized elements; parameters: all elements.
         layers: how many parameters are quantized.
         batches: (for searching and calibrating, for measuring).
+        held_out: whether these are different ones; with a single batch they are not.
         grids: one report per grid, in the order given.
         worth: what such verdicts were worth on other networks, in words.
         notes: what holds for all numbers, in words: first how the batches were divided.
@@ -176,6 +177,7 @@ class Explanation:
     parameters: int
     layers: int
     batches: tuple[int, int]
+    held_out: bool
     grids: tuple[GridReport, ...]
     worth: str
     notes: tuple[str, ...]
