@@ -95,4 +95,5 @@ if __name__ == "__main__":
 
     warnings.simplefilter("error")  # a resumed run has nothing to warn about
     warnings.filterwarnings("ignore", message=".*curvature is not the task.*")  # Adam with L2 decay says so at every attach
+    warnings.filterwarnings("ignore", message=".*saturates")  # so do searched scales under a penalty
     main(Path(sys.argv[1]))

@@ -84,6 +84,7 @@ class Method(NamedTuple):
         schedules: numbers that change with the step, each a function of the steps done; the functions above read `context.scheduled`.
         counted: whether `context.loss_terms` is needed although the curvature is not the optimizer's.
         unbiased: whether the method takes randomized rounding for unbiased, which it is only inside the grid.
+        strength: of a penalty whose gradient moves the weights, in theory's unit; what its stability is judged by.
     """
 
     quantizer: Quantizer
@@ -99,6 +100,7 @@ class Method(NamedTuple):
     schedules: Mapping[str, Schedule] = MappingProxyType({})
     counted: bool = False
     unbiased: bool = False
+    strength: float | Schedule | None = None
 
     @property
     def deploys_nearest(self) -> bool:

@@ -60,4 +60,5 @@ def coupled(
         counted=True,
         schedules={"strength": scheduled("strength", strength)},
         unbiased=True,
+        strength=strength,
     )

@@ -70,7 +70,8 @@ def learned(method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = 
         passed = gradient * inside if sees_grid else gradient
         return passed if inner is None else inner(passed, weight, deployed, context)
 
-    return method._replace(name=f"{method.name}, learned scales", init=_with_scales(method, _states), gradient=gradient)
+    init = _with_scales(method, _states)  # that some weights lie outside a learned grid is the scales' own choice
+    return method._replace(name=f"{method.name}, learned scales", init=init, gradient=gradient, unbiased=False)
 
 
 def _slope_of_loss(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> tuple[Tensor, Tensor]:

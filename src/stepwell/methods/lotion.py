@@ -21,11 +21,12 @@ from torch.nn.functional import hardshrink
 from stepwell import grids
 from stepwell.blocks import from_blocks, to_blocks
 from stepwell.formats import Format
-from stepwell.methods.base import Context, Curvature, Method, round_nearest
+from stepwell.methods.base import Context, Curvature, Method, WithCurvature, round_nearest
 from stepwell.methods.ste import check_quantizer
 from stepwell.quantizers import Quantizer
 from stepwell.rounding import nearest, variance
 from stepwell.scales import Fit
+from stepwell.schedules import Schedule, scheduled
 
 
 class Rows(NamedTuple):
@@ -54,7 +55,7 @@ class Push:
 def lotion(
     quantizer: Quantizer,
     *,
-    strength: float = 1.0,
+    strength: float | Schedule = 1.0,
     loss_terms: float | None = None,
     through_scale: bool = True,
     forward: Literal["latent", "nearest"] = "latent",
@@ -64,7 +65,7 @@ def lotion(
 
     Args:
         quantizer: the grid.
-        strength: of the penalty, in theory's unit: 1 is the smoothed loss itself.
+        strength: of the penalty, in theory's unit: 1 is the smoothed loss itself. A number or a function of the step.
         loss_terms: loss terms averaged per optimizer step (batch times sequence for a language model): Adam's second moment is the squared
             *mean* gradient, that much smaller than the curvature. None: set `run.loss_terms` before
             the first step. Not used with `curvature=`.
@@ -77,7 +78,7 @@ def lotion(
         ValueError: a strength or a count of loss terms that is negative or not finite, or an unknown `forward`.
     """
     check_quantizer(quantizer)
-    if not (isinstance(strength, int | float) and math.isfinite(strength) and strength >= 0):
+    if not callable(strength) and not (isinstance(strength, int | float) and math.isfinite(strength) and strength >= 0):
         raise ValueError(f"`strength` must be a finite number, 0 or more: got {strength!r}. Theory's value is 1.")
     if forward not in ("latent", "nearest"):
         raise ValueError(f"`forward` must be 'latent' or 'nearest': got {forward!r}.")
@@ -91,10 +92,24 @@ def lotion(
         quantizer,
         "ste + lotion" if nearest_forward else "lotion",
         deploy=round_nearest if nearest_forward else None,
-        push=Push(strength, through_scale),
+        push=_annealed(through_scale) if callable(strength) else Push(strength, through_scale),
         curvature=curvature,
         loss_terms=loss_terms,
+        schedules={"strength": scheduled("strength", strength)} if callable(strength) else {},
+        unbiased=True,
+        strength=strength,
     )
+
+
+def _annealed(through_scale: bool) -> WithCurvature:
+    """Return the same push with a strength that changes with the step."""
+
+    def push(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+        factor = context.loss_terms * context.scheduled["strength"]
+        moves = through_scale and context.fit is None
+        return penalty_force(weight, curvature, Rows(context.quantizer, context.fitted(weight), factor, moves))
+
+    return push
 
 
 def check_terms(loss_terms: float) -> None:

@@ -23,7 +23,7 @@ from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
 from stepwell.methods.distill import Loss, plain
 from stepwell.quantizers import Encoded, check_weight
-from stepwell.run import state, writes
+from stepwell.run import notices, state, writes
 from stepwell.run.calibrate import BatchLoss, Calibration, calibrate
 from stepwell.run.check import managed_of, optimizers_of
 from stepwell.run.managed import Managed
@@ -183,7 +183,7 @@ class Run:
 
     def _hooks(self, optimizer: Optimizer) -> list[Any]:
         """Register the five hooks on one optimizer."""
-        asked = Hooks(self._check_in, self._terms)
+        asked = Hooks(self._check_in, lambda one, step: terms_of(self.loss_terms, one.method, step))
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if self._shown is not None:
@@ -248,9 +248,6 @@ class Run:
             self._stepper.show(one)
         if missing:
             state.warn_missing(missing)
-
-    def _terms(self, one: Managed, step: int) -> float:
-        return terms_of(self.loss_terms, one.method, step)
 
     def _adopt_writes(self, *, by_value: bool = False, warn: bool = True) -> None:
         """Make values that somebody else wrote into a parameter its new latent weights, and say so once."""
@@ -322,7 +319,7 @@ def attach(
     Args:
         model: any module, already on its device and sharded.
         method: `ste(q)`, `lotion(q, ..)`, ..; or a mapping from names to methods in which the first match wins and None leaves out.
-        optimizer: the optimizer, or all of them, that hold the selected parameters.
+        optimizer: the optimizer, or all of them, that hold the selected parameters; `sw.optim.AdamW` steps many of them in one pass.
         skip: parameter or module names, or shell patterns, to leave in float.
         start: optimizer steps before the method begins; until then training is plain.
         seed: of every random draw; a draw depends on it, the step, the parameter's name and the element's place.
@@ -346,4 +343,6 @@ def attach(
         twice = next((one.name for one in managed if id(one.parameter) in taken), None)
         if twice is not None:
             raise ValueError(f"{twice!r} already has a run: {run!r}. Call its `finalize()` or `detach()` first.")
-    return Run(model, managed, optimizers, Stepper(managed, start=start, seed=seed, refit=refit, compiled=compile))
+    made = Run(model, managed, optimizers, Stepper(managed, start=start, seed=seed, refit=refit, compiled=compile))
+    notices.watch(made, managed)
+    return made

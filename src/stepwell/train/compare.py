@@ -5,6 +5,7 @@ chosen from the same few on validation images; test images are only reported.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -165,7 +166,9 @@ def _trained(config: Comparison, base: nn.Module, data: Sequence[Images], *, met
     """Train a copy of the base with a method attached, on the batches that full precision saw."""
     model = copy.deepcopy(base)
     optimizer, scheduler = _optimizer(config, model, lr, len(data))
-    run = attach(model, method, optimizer, compile=False)  # a network this small would not pay for it
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*saturates")  # a runtime's grid is what it is, and every run would say so again
+        run = attach(model, method, optimizer, compile=False)  # a network this small would not pay for it
     fit(model, data, optimizer=optimizer, scheduler=scheduler)
     with run.latent():
         latent = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -17,6 +17,7 @@ from stepwell.methods.fisher import fisher
 from stepwell.methods.learned import learned
 from stepwell.methods.lotion import lotion
 from stepwell.methods.parq import parq
+from stepwell.methods.ste import check_quantizer
 from stepwell.quantizers import Quantizer
 from stepwell.run.attach import Run, attach
 from stepwell.run.check import optimizers_of
@@ -92,7 +93,7 @@ def recipe(quantizer: Quantizer, *, steps: int, loss_terms: float | None = None)
     grid = all_codes(quantizer)
     penalty = lotion(grid, strength=STRENGTH if grid.format.bits > 2 else STRENGTH_2_BITS, loss_terms=loss_terms)
     forward = parq(grid, slope=sigmoid(1, 0, steps=max(1, round(ANNEALED * steps))))
-    method = forward._replace(push=penalty.push, loss_terms=penalty.loss_terms)
+    method = forward._replace(push=penalty.push, loss_terms=penalty.loss_terms, strength=penalty.strength)
     if grid.format.levels == "affine" or isinstance(grid.rule, float):
         return method._replace(name="default")  # nothing to learn: the scale is given, or bound to a zero point
     return learned(method)._replace(name="default")
@@ -100,6 +101,7 @@ def recipe(quantizer: Quantizer, *, steps: int, loss_terms: float | None = None)
 
 def all_codes(quantizer: Quantizer) -> Quantizer:
     """Return the grid with every code of its bits in use, where the levels were left open."""
+    check_quantizer(quantizer)
     if not quantizer.levels_open:
         return quantizer
     signed = quantizer.scale_dtype != "e8m0" and quantizer.format.bits > 2
