@@ -24,6 +24,7 @@ _HOME = {
     **dict.fromkeys(("held", "learned"), "stepwell.methods.learned"),
     **{name: f"stepwell.methods.{name}" for name in ("binary_relax", "cage", "coupled", "fisher", "prox", "sampled", "soft")},
     "distillation": "stepwell.methods.distill",
+    "gauss_newton": "stepwell.run.gauss_newton",
     "quantize_training": "stepwell.train.quantize",
     "verify": "stepwell.export.parity",
     "advise": "stepwell.advice.advise",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from stepwell.quantizers import Encoded, Quantizer
     from stepwell.rounding import Bracket, nearest, stochastic, variance
     from stepwell.run.attach import Run, attach
+    from stepwell.run.gauss_newton import gauss_newton
     from stepwell.runtimes import target, targets
     from stepwell.selection import select
     from stepwell.storage import load, save

@@ -93,7 +93,7 @@ def measure(model: nn.Module, managed: list[Managed], loss: BatchLoss, batches: 
     mine = [one for one in managed if one.begun and counts(one.method) and one.parameter.requires_grad]
     kept = _checked(mine, batches, draws)
     sources = {one: one.source.clone() for one in mine}
-    with _evaluating(model), _restored(mine):
+    with evaluating(model), _restored(mine):
         for one in mine:
             one.weight.copy_(_rounded(one, sources[one], None))
         base, mean, square = _gradients(model, mine, loss, kept)
@@ -134,7 +134,7 @@ def _checked(mine: list[Managed], batches: Iterable[Any], draws: int) -> list[An
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Keep dropout and batch statistics still: all losses are of one function."""
     training = [module for module in model.modules() if module.training]
     model.eval()
