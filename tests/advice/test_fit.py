@@ -73,7 +73,7 @@ def test_the_fit_finds_the_law_again(paper):
     found = fitting.fit("probes", runs)
     # GPTQ, RTN and rho_fn go together, so the ridge shares their effect among them; the prediction is what must be right
     assert found.powers["rate"] == pytest.approx(-0.3, abs=0.02)
-    truth = [math.log(max(run.qat, 0.003)) for run in fitting.usable("probes", runs)]
+    truth = [math.log(max(run.qat_heldout, 0.003)) for run in fitting.usable("probes", runs)]
     guess = [math.log(found(fitting.seen("probes", run), 0.003).increase) for run in fitting.usable("probes", runs)]
     assert np.std(np.subtract(truth, guess)) < 0.1
 
@@ -94,7 +94,7 @@ def test_ridge_is_what_the_normal_equations_say(paper):
     from scipy.optimize import minimize
 
     x = np.log([[run.rho_fn, run.rate] for run in rows])
-    y, mass = np.log([max(run.qat, 0.003) for run in rows]), fitting.masses(rows)
+    y, mass = np.log([max(run.qat_heldout, 0.003) for run in rows]), fitting.masses(rows)
     centre = mass @ x
     spread = np.sqrt(mass @ (x - centre) ** 2)
 
@@ -142,9 +142,10 @@ def test_scores_are_counted_right(paper):
     advisor, fitting = paper
     run = synthetic(fitting, networks=1)[0]._replace(rtn_heldout=0.3, gptq_heldout=0.05, qat_heldout=0.01)
     answers = ["GPTQ", "GPTQ", "RTN", "train", "uncertain"]
-    cases = [advisor.Case("network", "probes", 0.1, run, answer, advisor.cheapest(run, 0.1), 0.0, 0.0, 0.0) for answer in answers]
+    cases = [advisor.Case("network", "probes", 0.1, run, answer, advisor.cheapest(run, 0.1), "train", 0.0, 0.0, 0.0) for answer in answers]
     row = dict(zip(advisor.SCORES, advisor.scored(cases), strict=True))
     assert (row["configurations"], row["hits"], row["uncertain"], row["safe"]) == (5, 0.5, pytest.approx(0.2), 0.75)
+    assert (row["named"], row["named_met"]) == (1.0, 1.0)
     assert [advisor.cheapest(run, tolerance) for tolerance in (0.3, 0.1, 0.04, 0.001)] == ["RTN", "GPTQ", "train", "not reachable"]
 
 
@@ -208,11 +209,8 @@ def test_missing_fields_are_not_numbers(paper):
     assert fitting.usable("probes", [run]) == []
 
 
-@pytest.mark.skipif(not RUNS.exists(), reason="papers/basin/results/runs.csv is not there")
 def test_shipped_file_is_the_fit_of_the_committed_runs(paper):
     advisor, fitting = paper
-    if "sha256" not in parsed(advisor.PACKAGED.read_text()).provenance:
-        pytest.skip("the shipped file is not yet a fit of these runs")
     with RUNS.open(newline="") as file:
         runs = fitting.parsed(csv.DictReader(file))
     scores = [advisor.scored(group) for group in advisor.groups(list(advisor.judged(runs, "network")))]

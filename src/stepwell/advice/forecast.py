@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
     Attributes:
         method: "RTN", "GPTQ" or "train".
         increase: in units of the loss.
-        low, high: its interval.
+        low, high: its 90 % interval.
         measured: by evaluating the model; otherwise forecast.
     """
 

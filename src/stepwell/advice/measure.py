@@ -13,7 +13,7 @@ from stepwell.advice.forecast import Estimate, Trained
 from stepwell.probes.stage import Stage
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
-TWO_SIGMA = 0.97725  # where two standard errors end; with few batches Student's law puts it farther out
+UPPER = 0.95  # one end of a 90 % interval
 ALONE = 2.0  # the interval's factor where one batch leaves the error unknown
 EVERY = 3  # one batch in so many calibrates
 
@@ -79,8 +79,8 @@ def divide(batches: Iterable[Any], calibration: Iterable[Any] | None) -> Parts:
 def increase(stage: Stage, losses: Losses, base: Sequence[float], method: Trained, *, settle: Losses | None = None) -> Estimate:
     """Return how much the loss has grown where the weights are now.
 
-    The interval is two standard errors of the mean paired difference, wider by Student's law where batches are few; with one batch the
-    value divided and multiplied by 2.
+    The interval is the 90 % one of the mean paired difference, by Student's law over batches; with one batch the value divided and
+    multiplied by 2.
 
     Args:
         stage: the model.
@@ -97,7 +97,7 @@ def increase(stage: Stage, losses: Losses, base: Sequence[float], method: Traine
     if len(changes) == 1:
         low, high = sorted((mean / ALONE, mean * ALONE))
         return Estimate(method, mean, low, high, True)
-    margin = float(stdtrit(len(changes) - 1, TWO_SIGMA)) * statistics.stdev(changes) / math.sqrt(len(changes))
+    margin = float(stdtrit(len(changes) - 1, UPPER)) * statistics.stdev(changes) / math.sqrt(len(changes))
     return Estimate(method, mean, mean - margin, mean + margin, True)
 
 

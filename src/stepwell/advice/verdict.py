@@ -25,8 +25,8 @@ class Verdict:
         method: the cheapest one that is sufficient: "RTN", "GPTQ" or "train"; "not reachable" where training as in the fitted runs is
             expected to miss the tolerance; "uncertain" where the interval of the first candidate that is not ruled out contains it.
         predicted: increase of the loss that this method leaves; for "not reachable" that of training, for "uncertain" of the candidate.
-        low, high: its interval: 90 % for a forecast, two standard errors for a measured increase. A forecast's `low` of 0 stands for
-            everything below the floor of the fit.
+        low, high: its 90 % interval: of the mean over batches for a measured increase, of earlier forecasts' errors for a forecast. A
+            forecast's `low` of 0 stands for everything below the floor of the fit.
         reasons: why, in plain words.
         cost: passes spent on this grid alone; what all grids share stands in `Advice.shared`.
         grid: the quantizer, in words.
