@@ -124,3 +124,8 @@ def fitted_apart(weight: Tensor, context: Context) -> Fit:
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()
     return fit
+
+
+def fitted_in_place(weight: Tensor, context: Context) -> Fit:
+    """Return the same, from one graph where that is short enough to compile: without zero points."""
+    return fitted_apart(weight, context) if context.quantizer.format.levels == "affine" else context.fitted(weight)

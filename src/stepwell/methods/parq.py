@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepwell import grids, rounding
-from stepwell.methods.base import Context, Method
+from stepwell.methods.base import Context, Method, fitted_in_place
 from stepwell.methods.ste import check_quantizer
 from stepwell.quantizers import Quantizer
 from stepwell.scales import Fit
@@ -36,7 +36,7 @@ def parq(quantizer: Quantizer, *, slope: float | Schedule) -> Method:
 
 def annealed(weight: Tensor, context: Context) -> Tensor:
     """Return what the forward pass sees at the step's slope."""
-    return affine(weight, context.quantizer, context.fitted(weight), context.scheduled["slope"])
+    return affine(weight, context.quantizer, fitted_in_place(weight, context), context.scheduled["slope"])
 
 
 def affine(weight: Tensor, quantizer: Quantizer, fit: Fit, slope: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from stepwell.methods.base import Context, Curvature, Method, round_nearest
+from stepwell.methods.base import Context, Curvature, Method, fitted_in_place, round_nearest
 from stepwell.methods.lotion import check_terms
 from stepwell.methods.parq import affine
 from stepwell.methods.ste import check_quantizer
@@ -70,4 +70,4 @@ def _step(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
     pull = curvature * (context.scheduled["strength"] * context.loss_terms * context.lr)
     if context.correction is not None:
         pull.div_((curvature * context.correction).sqrt_().add_(EPSILON))
-    return affine(weight, context.quantizer, context.fitted(weight), 1 - pull)
+    return affine(weight, context.quantizer, fitted_in_place(weight, context), 1 - pull)
