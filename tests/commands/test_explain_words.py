@@ -87,11 +87,11 @@ def test_with_one_batch_nothing_is_called_held_out(net):
 @pytest.mark.parametrize("unit", [1e-6, 1e4])
 def test_in_another_unit_no_forecast_is_printed_as_if_it_held(net, unit):
     explanation = measure(
-        net, lambda m, b: unit * dull(m, b), data(6), quantizers=[sw.intn(4, block=None)], tolerance=0.1 * unit, effort=TINY
+        net, lambda m, b: unit * dull(m, b), data(6), quantizers=[sw.intn(4, block=None)], tolerance=0.01 * unit, effort=TINY
     )
     report = explanation.grids[0]
     assert report.verdict.method == "uncertain"
-    assert f"no forecast holds at a tolerance of {0.1 * unit:g}" in verdict(report)
+    assert f"no forecast holds at a tolerance of {0.01 * unit:g}" in verdict(report)
     (_, rows, note), *_ = summaries(explanation)
     assert rows[0]["expected"] == "unknown"
     assert max(len(" ".join(map(str, row.values()))) for row in rows) <= 80
