@@ -6,8 +6,9 @@ Protocol: `estimating/lab.py` says what is trained, `estimating/methods.py` and 
 tried at 3 bits on the validation part of the corpus with the data of seed 0, and is reported at all widths on the test part with three
 other seeds: the best rate's losses, less those of full precision with the same data (its own best of the same three rates). Methods with a
 teacher are held against full precision with the same teacher, which is the full-precision run of the same seed. A run that
-results/estimators.csv holds is not repeated. Writes estimators.csv (runs), estimators_table.csv, estimators.svg; `--tables` runs nothing.
-`--sweep` runs a method over a fourfold range of rates, test part, one seed, into estimators_rates.csv.
+results/estimators.csv holds is not repeated. Writes estimators.csv (runs), estimators_table.csv, estimators.svg and the tables of
+docs/methods.md; `--tables` runs nothing. `--sweep` takes a method over a fourfold range of rates (test part, one seed) into
+estimators_rates.csv.
 
 Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies unfoldNd`.
 About an hour of one core.
@@ -18,11 +19,11 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from estimating.lab import Lab
+from estimating.lab import ROOT, Lab
 from estimating.methods import FLOAT, TAUGHT, Arm, arms
 from estimating.peers import peers
 from estimating.runs import FLOAT_BITS, RESULTS, SEEDS, Run, Table, fill, made
-from estimating.summary import figure, summarise, write
+from estimating.summary import document, figure, summarise, write
 
 BITS = (4, 3, 2)
 SWEPT = (1.1e-3, 2.2e-3, 4.4e-3)
@@ -64,9 +65,12 @@ def main() -> None:
             runs = sweep(lab, name, everyone[name], bits) if options.sweep else fill(table, lab, name, everyone[name], bits)
             for run in runs:
                 print(f"{name:<26} {bits:>2} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
+    if options.sweep:
+        return
     rows = summarise(Table(RESULTS / "estimators.csv"), everyone, BITS)
     write(rows, RESULTS / "estimators_table.csv")
     figure(rows, RESULTS / "estimators.svg")
+    document(rows, ROOT / "docs" / "methods.md")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Every arm is a function of the lab, the bits, the learning rate and the seed of the data, which returns the model with its weights on the
 grid. Where an arm trains weights besides those (latent ones), it returns them too, so that randomized rounding can be measured.
+LOTION's forms, which take randomized rounding for unbiased, run on "sym": "full" saturates at the end that its scale does not reach.
 Grids: "sym" is -q..q, "full" has all 2^b codes and signed scales, "mid" half-odd codes; "all codes" is mid at 2 bits and full above.
 """
 
@@ -138,11 +139,6 @@ def taught(start: Callable[..., Finished]) -> Start:
     return lambda lab, bits, rate, seed: start(lab, bits, rate, seed, taught=True)
 
 
-def with_push(method: Method, penalty: Method) -> Method:
-    """Return a method with LOTION's penalty in it."""
-    return method._replace(push=penalty.push, loss_terms=penalty.loss_terms)
-
-
 def arms() -> dict[str, Arm]:
     """Return all arms but the peers, by name."""
     annealed = {"steps": round(FREE * STEPS)}
@@ -159,13 +155,14 @@ def arms() -> dict[str, Arm]:
         "ste": Arm("method", "sym", ours("sym", sw.ste)),
         TAUGHT: Arm("control", "none", taught(in_float), teacher=True),
         "default, teacher": Arm("ours", "all codes", taught(default), teacher=True),
-        "lotion": Arm("method", "full", ours("full", lambda q: sw.lotion(q, loss_terms=TERMS)), rates=HIGHER),
-        "ste + lotion": Arm("method", "full", ours("full", lambda q: with_push(sw.ste(q), sw.lotion(q, loss_terms=TERMS)))),
-        "ste + prox": Arm("method", "full", ours("full", lambda q: prox(q, strength=growth, loss_terms=TERMS, forward="nearest"))),
-        "prox": Arm("method", "full", ours("full", lambda q: prox(q, strength=growth, loss_terms=TERMS)), rates=HIGHER),
+        "lotion": Arm("method", "sym", ours("sym", lambda q: sw.lotion(q, loss_terms=TERMS)), rates=HIGHER),
+        "ste + lotion": Arm("method", "sym", ours("sym", lambda q: sw.lotion(q, loss_terms=TERMS, forward="nearest"))),
+        "ste + lotion, full": Arm("method", "full", ours("full", lambda q: sw.lotion(q, loss_terms=TERMS, forward="nearest"))),
+        "ste + prox": Arm("method", "sym", ours("sym", lambda q: prox(q, strength=growth, loss_terms=TERMS, forward="nearest"))),
+        "prox": Arm("method", "sym", ours("sym", lambda q: prox(q, strength=growth, loss_terms=TERMS)), rates=HIGHER),
         "parq": Arm("method", "mid", ours("mid", lambda q: held(parq(q, slope=sigmoid(1, 0, **annealed))))),
-        "sampled": Arm("method", "full", ours("full", sampled)),
-        "coupled": Arm("method", "full", ours("full", lambda q: coupled(q, loss_terms=TERMS)), rates=HIGHER),
+        "sampled": Arm("method", "sym", ours("sym", sampled)),
+        "coupled": Arm("method", "sym", ours("sym", lambda q: coupled(q, loss_terms=TERMS)), rates=HIGHER),
         "binary relax": Arm("method", "full", ours("full", lambda q: binary_relax(q, share=linear(0, 1, **annealed)))),
         "cage": Arm("method", "full", ours("full", lambda q: cage(q, pull=pull))),
         "soft": Arm("method", "full", ours("full", lambda q: soft(q, temperature=exponential(0.5, 0.005, **annealed)))),

@@ -5,6 +5,7 @@ Intervals are 95 % of Student's distribution over seeds, of differences that are
 
 import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -77,6 +78,42 @@ def write(rows: Sequence[Row], path: Path) -> None:
         )
         numbers = f"{row.rate:>7.2g} {row.loss:>8.4f} {residual:>16} {row.share:>7.1%} {over:>17} {row.rr:>8.4f}"
         print(f"{row.bits:>4} {row.method:<26} {row.grid:<18} {numbers}")
+
+
+def document(rows: Sequence[Row], path: Path) -> None:
+    """Write one table per width between the marks of a page, best first."""
+    parts = []
+    for bits in sorted({row.bits for row in rows if row.kind != "control"}, reverse=True):
+        shown = sorted((row for row in rows if row.bits == bits), key=lambda row: (row.method.endswith("teacher"), row.residual))
+        lines = [
+            f"**INT{bits}**",
+            "",
+            "| method | codes | rate | above full precision | gap closed | above the default | RR above full precision |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in shown:
+            name = {"ours": f"**{row.method}**", "peer": f"*{row.method}*"}.get(row.kind, row.method)
+            over = (
+                ""
+                if math.isnan(row.over_default) or row.method.endswith("teacher")
+                else f"{row.over_default:+.4f} ± {row.over_default_interval:.4f}"
+            )
+            numbers = [
+                f"{row.residual:.4f} ± {row.residual_interval:.4f}",
+                _share(row.share),
+                over,
+                "" if math.isnan(row.rr) else f"{row.rr:.3f}",
+            ]
+            lines.append(" | ".join([f"| {name}", row.grid, f"{row.rate:.2g}" if row.rate else "", *numbers]) + " |")
+        parts.append("\n".join(lines))
+    pattern = re.compile(r"(<!-- table[^>]*-->\n).*?(\n<!-- /table -->)", re.DOTALL)
+    text = path.read_text()
+    path.write_text(pattern.sub(lambda found: found[1] + "\n\n".join(parts) + found[2], text))
+
+
+def _share(share: float) -> str:
+    """Return a share as text, none where absmax rounding was not measured."""
+    return "" if math.isnan(share) else f"{share:.1%}"
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
