@@ -98,3 +98,17 @@ def test_in_another_unit_no_forecast_is_printed_as_if_it_held(net, unit):
     assert "forecast holds" not in note
     assert "\ntrain: " not in note
     assert "not judged" in written(explanation)
+
+
+@pytest.mark.parametrize(
+    ("method", "safe", "words"), [("uncertain", "GPTQ", "GPTQ, or less"), ("uncertain", None, "uncertain"), ("RTN", "RTN", "RTN is enough")]
+)
+def test_a_method_that_is_surely_enough_is_named_where_a_cheaper_one_may_be(net, method, safe, words):
+    explanation = measure(net, dull, data(6), quantizers=[sw.intn(8, block="channel")], effort=TINY)
+    (report,) = explanation.grids
+    judged = dataclasses.replace(report, verdict=dataclasses.replace(report.verdict, method=method, safe=safe))
+    changed = dataclasses.replace(explanation, grids=(judged,))
+    (_, rows, note), *_ = summaries(changed)
+    assert rows[0]["verdict"] == words
+    assert words in written(changed)
+    assert ("or less:" in note) == words.endswith("or less")

@@ -5,7 +5,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from stepwell.commands.explain_figures import gradients, layers, lines, losses, ratios, searches, slices
-from stepwell.commands.explain_words import VERDICTS, counted, named, near, signed, verdict, worst
+from stepwell.commands.explain_words import counted, headline, named, near, signed, verdict, worst
 from stepwell.explain.records import Explanation, GridReport
 from stepwell.explain.sources import Subject
 from stepwell.report import Finding, Page, Section, Table
@@ -55,7 +55,7 @@ def _findings(explanation: Explanation) -> list[Finding]:
         reports = [report for report in reports if report.verdict.method != "RTN"][:MOST_FINDINGS] or reports[-1:]
     found = [
         Finding(
-            f"{named(report, explanation)}: {VERDICTS[report.verdict.method]}",
+            f"{named(report, explanation)}: {headline(report)}",
             verdict(report),
             "good" if report.verdict.method in ("RTN", "GPTQ", "train") else "bad" if report.verdict.method == "not reachable" else "plain",
         )
@@ -78,7 +78,7 @@ def _verdicts(explanation: Explanation) -> Section:
         one = report.verdict
         rows.append(
             [
-                named(report, explanation), VERDICTS[one.method], signed(one.predicted), f"{one.low:.3g} to {one.high:.3g}",
+                named(report, explanation), headline(report), signed(one.predicted), f"{one.low:.3g} to {one.high:.3g}",
                 one.safe or "none", "not judged" if math.isnan(one.hit_rate) else f"{one.hit_rate:.0%}",
                 f"{one.cost.forward} + {one.cost.backward} backward",
             ]

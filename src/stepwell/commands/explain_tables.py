@@ -1,7 +1,7 @@
 """What `stepwell explain` prints: a table per scheme that fits 80 columns, and what it took."""
 
 from stepwell.advice.reasons import HOW
-from stepwell.commands.explain_words import VERDICTS, aligned, measured, near, searched, worst
+from stepwell.commands.explain_words import aligned, headline, measured, near, searched, worst
 from stepwell.explain.records import Explanation, GridReport
 
 
@@ -47,7 +47,7 @@ def _row(report: GridReport, tolerance: float) -> dict[str, object]:
         "searched": aligned(searched, tolerance),
         "GPTQ": aligned(report.gptq.increase, tolerance),
         "rho_fn": f"{report.rho_fn.value:.2f}",
-        "verdict": VERDICTS[verdict.method],
+        "verdict": headline(report),
         "expected": f"{aligned(verdict.predicted, tolerance)} ({low} to {high})" if measured(report) else "unknown",
     }
 
@@ -57,6 +57,8 @@ def _note(reports: list[GridReport], explanation: Explanation) -> str:
     words = ["searched: the better of scales searched without and with curvature; expected: of the verdict's method, with its interval."]
     if any("train" in (report.verdict.method, report.verdict.safe) for report in reports):
         words.append(f"train: {HOW.removeprefix('train ')}")
+    if any(headline(report).endswith("or less") for report in reports):
+        words.append("or less: this method is surely enough, a cheaper one may be.")
     for report in reports:
         if searched(report):
             words.append(f"{report.bits} bits:{searched(report)}")

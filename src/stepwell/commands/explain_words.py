@@ -56,6 +56,12 @@ def named(report: GridReport, explanation: Explanation) -> str:
     return f"{report.bits} bits" if only else f"{report.scheme}, {report.bits} bits"
 
 
+def headline(report: GridReport) -> str:
+    """Return the verdict in three words; a method that is surely enough is named also where a cheaper one may be."""
+    one = report.verdict
+    return f"{one.safe}, or less" if one.method == "uncertain" and one.safe else VERDICTS[one.method]
+
+
 def expected(report: GridReport) -> str:
     """Return the predicted increase and its interval."""
     verdict = report.verdict
