@@ -11,7 +11,7 @@ docs/methods.md; `--tables` runs nothing. `--sweep` takes a method over a fourfo
 estimators_rates.csv.
 
 Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies unfoldNd`.
-About an hour of one core.
+About an hour and a half of one core.
 """
 
 import argparse

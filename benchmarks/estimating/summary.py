@@ -14,7 +14,7 @@ from typing import NamedTuple
 from scipy.stats import t
 
 from estimating.methods import FLOAT, TAUGHT, Arm
-from estimating.runs import FLOAT_BITS, Run, Table
+from estimating.runs import FLOAT_BITS, SEEDS, Run, Table
 
 ROUNDED, DEFAULT = "rtn, absmax", "default"
 
@@ -93,6 +93,7 @@ def document(rows: Sequence[Row], path: Path) -> None:
         ]
         for row in shown:
             name = {"ours": f"**{row.method}**", "peer": f"*{row.method}*"}.get(row.kind, row.method)
+            name += "" if row.seeds == len(SEEDS) else f" ({row.seeds} seeds)"
             over = (
                 ""
                 if math.isnan(row.over_default) or row.method.endswith("teacher")
@@ -113,7 +114,7 @@ def document(rows: Sequence[Row], path: Path) -> None:
 
 def _share(share: float) -> str:
     """Return a share as text, none where absmax rounding was not measured."""
-    return "" if math.isnan(share) else f"{share:.1%}"
+    return "" if math.isnan(share) else f"{abs(share) if abs(share) < 5e-4 else share:.1%}"
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
