@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import re
 import statistics
 from itertools import pairwise
 
@@ -95,17 +96,23 @@ def test_other_batches_may_calibrate(net):
     assert verdict.estimates[1].increase == pytest.approx(mean, abs=1e-6)
 
 
-def test_rho_is_that_of_the_probe_from_one_width(net):
+def test_rho_is_that_of_the_probe_from_the_same_directions(net):
     batches = pixels()
     whole = sw.probes.over(entropy, [batch for index, batch in enumerate(batches) if index % 3])
     advice = advise(net, entropy, batches, quantizers=GRIDS, measure=False, seed=4)
     for verdict, q in zip(advice, GRIDS, strict=True):
         assert verdict.rho == pytest.approx(sw.probes.rho_fn(net, whole, toward=q, seed=4).value, rel=1e-6)
         assert verdict.cost == Cost(0)
-    for tolerance in (0.4, 1e-3):  # the basin is no quadratic bowl: its width is measured at the tolerance, not scaled to it
+    # the basin is no quadratic bowl: its width is measured at the tolerance, not scaled to it. A search that begins near the crossing ends
+    # in another interval, whose half is 1 / 2^10 of the value at most from the true crossing, as is the probe's own
+    for tolerance in (0.4, 1e-3):
         other = advise(net, entropy, batches, quantizers=GRIDS, measure=False, seed=4, tolerance=tolerance)
         there = [sw.probes.rho_fn(net, whole, toward=q, seed=4, tolerance=tolerance).value for q in GRIDS]
-        assert [verdict.rho for verdict in other] == pytest.approx(there, rel=1e-6)
+        assert [verdict.rho for verdict in other] == pytest.approx(there, rel=2e-3)
+    measured = advise(net, entropy, batches, quantizers=GRIDS, seed=4)
+    mean = [sw.probes.rho_fn(net, whole, toward=q, seed=4, draws=3).value for q in GRIDS]
+    assert [verdict.rho for verdict in measured] == pytest.approx(mean, rel=2e-3)
+    assert measured.shared.forward <= 2 + 1 + 31 + 2 * 22  # the first search is from close to zero, the others from a quarter of its end
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1e4])
@@ -129,9 +136,9 @@ def test_forecast_is_the_packaged_formula(net):
     formula, floor = packaged().forecasts["probes"], packaged().floor
     values = {"rtn": verdict.estimates[0].increase, "gptq": verdict.estimates[1].increase, "rate": 2e-3}
     whole = sw.probes.over(entropy, [batch for index, batch in enumerate(batches) if index % 3])
-    values["rho_fn"] = sw.probes.rho_fn(net, whole, toward=GRIDS[2], tolerance=packaged().tolerance).value
+    values["rho_fn"] = sw.probes.rho_fn(net, whole, toward=GRIDS[2], tolerance=packaged().tolerance, draws=3).value
     log = formula.intercept + sum(c * math.log(max(values[name], 0 if name == "rate" else floor)) for name, c in formula.powers.items())
-    assert verdict.estimates[2].increase == pytest.approx(max(math.exp(log), floor), rel=1e-6)
+    assert verdict.estimates[2].increase == pytest.approx(max(math.exp(log), floor), rel=5e-3)  # of rho_fn's search
     assert verdict.estimates[2].high == pytest.approx(verdict.estimates[2].increase * formula.factor)
 
 
@@ -165,8 +172,9 @@ def test_early_run_is_straight_through_training_on_a_frozen_grid(net):
     reasons = " ".join(verdict.reasons)
     assert f"rounded weights stand at {at[21]:+.3g}" in reasons
     whole = sw.probes.over(entropy, measuring)
-    rho = sw.probes.rho_fn(net, whole, toward=q, tolerance=packaged().tolerance).value
-    assert f"says {four_terms(at[20], verdict.estimates[1].increase, rho):.3g}" in reasons
+    rho = sw.probes.rho_fn(net, whole, toward=q, tolerance=packaged().tolerance, draws=3).value
+    said = float(re.search(r"20 steps \(.*?\), says ([\d.e+-]+)", reasons)[1])
+    assert said == pytest.approx(four_terms(at[20], verdict.estimates[1].increase, rho), rel=1e-2)  # printed with three digits
     assert verdict.cost.backward == 21
 
 
@@ -239,7 +247,7 @@ def test_cost_is_what_was_spent(net):
     # over 6 measuring batches and 3 calibrating ones; the check of reach is one pass over both
     assert advice.cost == Cost((calls["measuring"] - 6) // 6 + (calls["calibrating"] - 3) // 3 + 1)
     assert advice.shared.forward + sum(verdict.cost.forward for verdict in advice) == advice.cost.forward
-    assert advice.shared.forward <= 35 + 31  # with a second width, at a tolerance that is not the fit's
+    assert advice.shared.forward <= 34 + 5 * 22  # three directions at two tolerances
 
 
 def test_memory_is_one_copy_of_the_weights_beside_what_gptq_needs():

@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 import stepwell as sw
 from stepwell.probes.directions import gaussian_noise, keys, uniform_noise
 from stepwell.probes.points import place
+from stepwell.probes.stage import staged
+from stepwell.probes.width import along
 
 # Growth by 1.5 leaves an interval half as long as its lower end, 8 halvings a 256th of that; the middle is off by at most half of it.
 RESOLUTION = 1 / 2 / 256 / 2
@@ -46,6 +48,19 @@ def test_first_crossing_counts_even_if_the_loss_comes_back():
     found = sw.probes.width(row([0.0]), bump, toward={"weight": torch.full((1, 1), 4.0)}, tolerance=0.1)
     exact = 1 - math.sqrt(-math.log(0.1 + math.exp(-10)) / 10)
     assert 4 * found.value == pytest.approx(exact, rel=RESOLUTION)
+
+
+@pytest.mark.parametrize("guess", [1e-9, 0.5, 1.0, 2.0, 50.0, math.inf])
+def test_a_search_that_begins_near_a_guess_ends_at_the_same_crossing(guess):
+    size, tolerance = 7, 0.3
+    hessian, centre, direction = positive(size, 1), normal(size, seed=11), normal(size, seed=21)
+    exact = math.sqrt(2 * tolerance / (direction @ hessian @ direction))
+    with staged(row(centre), Quadratic(hessian, centre), ["weight"]) as stage:
+        found = along(stage, lambda name, base: direction[None], tolerance, near=guess * exact * direction.norm().item())
+        usual = along(stage, lambda name, base: direction[None], tolerance)
+    assert found.value == pytest.approx(exact, rel=RESOLUTION)
+    if 0.5 <= guess <= 2:
+        assert found.cost.forward < usual.cost.forward
 
 
 def test_flat_and_empty_directions():

@@ -5,6 +5,7 @@ would cost a run to know. A grid is asked for no more than it needs: where round
 """
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from stepwell.ptq.chosen import Chosen, chosen
 from stepwell.ptq.gptq import gptq
 from stepwell.quantizers import Encoded, Quantizer
 
+DRAWS = 3  # directions of the width, as in the runs of the fit: on small networks one differs from the next by a factor of two
 Grid = Quantizer | Mapping[str, Quantizer | None]
 
 
@@ -64,9 +66,9 @@ def advise(
         rate: learning rate of the training run that is forecast, of Adam.
         early: `(train, steps)` runs a tenth of the training and forecasts from that: `train(model, step)` returns the loss on that step's
             training batch, `steps` is the length of the whole run.
-        measure: False stops at one basin width, which serves all grids: some 30 forward passes (50 at a tolerance other than that of the
-            fit), no GPTQ, and wider intervals.
-        seed: of the direction in which the width is measured.
+        measure: False stops at the basin's width in one direction, which serves all grids: some 30 forward passes (40 at a tolerance other
+            than that of the fit), no GPTQ, and wider intervals; otherwise three directions are averaged.
+        seed: of the directions in which the width is measured.
         on_step: called with a few words whenever something has been done: show progress.
 
     Returns:
@@ -77,10 +79,9 @@ def advise(
         ValueError: no quantizers, no batches, a loss that is not scalar, finite or deterministic, batches that never reach a layer (which
             is named), a tolerance or rate that is not positive, and what `ptq.gptq` refuses. All of it before anything is measured.
 
-    >>> from stepwell.presets import int2, int8
-    >>> model = nn.Linear(16, 4)
-    >>> advice = advise(model, lambda m, x: m(x).square().mean(), torch.randn(6, 32, 16), quantizers=[int8(block=16), int2(block=16)])
-    >>> advice[0].method
+    >>> from stepwell.presets import int8
+    >>> batches = torch.randn(6, 8, 16).split(1)
+    >>> advise(nn.Linear(16, 4), lambda model, x: model(x).square().mean(), batches, quantizers=[int8(block=16)])[0].method
     'RTN'
     """
     check_tolerance(tolerance)
@@ -96,7 +97,7 @@ def advise(
         work = _Work(model, stage, losses, base, Losses(loss, parts.calibrating), loss, parts, rounded_only, coefficients, {})
         shared = stage.cost + Cost(1)  # the check of reach is one pass over all data
         verdicts = [_verdict(work, asked, plan) for plan in plans]
-        widths = sum((width.cost for width in work.widths.values()), Cost(0))
+        widths = sum((width.cost for found in work.widths.values() for width in found), Cost(0))
     worth = hit_rate(coefficients.score(_tier(asked), tolerance), tolerance)
     return Advice(verdicts, shared=shared + widths, notes=[parts.note, *_settling(model, measure), worth])
 
@@ -136,7 +137,7 @@ class _Work(NamedTuple):
     parts: Parts
     rounded_only: frozenset[str]
     coefficients: Coefficients
-    widths: dict[tuple[frozenset[str], float], Width]
+    widths: dict[tuple[frozenset[str], float], list[Width]]
 
 
 def _plans(model: nn.Module, quantizers: Sequence[Grid], skip: Sequence[str]) -> list[_Plan]:
@@ -189,7 +190,7 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
     rho = _rho(work, asked, encoded, asked.tolerance)
     estimates, judged = work.coefficients.estimates(evidence), work.coefficients.judged(asked.tolerance)
     method, deciding = decide(estimates, asked.tolerance, forecasts=judged)
-    shared = sum((width.cost.forward for key, width in work.widths.items() if key not in known), 0)
+    shared = sum(width.cost.forward for key, found in work.widths.items() if key not in known for width in found)
     after = work.stage.cost
     said = reasons(
         estimates,
@@ -243,13 +244,22 @@ def _evidence(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Enc
 
 
 def _rho(work: _Work, asked: _Asked, encoded: Mapping[str, Encoded], tolerance: float) -> float:
-    """Return rho_fn as `probes.rho_fn` defines it; a width is measured once for all grids on the same weights."""
-    stage, key = work.stage, (frozenset(encoded), tolerance)
-    if key not in work.widths:
-        noise = gaussian_noise(dict(encoded), keys(asked.seed, 1)[0])
-        work.widths[key] = along(stage, _within(key[0], noise), tolerance)
-        asked.on_step("width of the basin")
-    return length(toward(dict(encoded)), {name: stage.base[name] for name in encoded}) / work.widths[key].radius
+    """Return rho_fn as `probes.rho_fn` defines it; widths are measured once for all grids on the same weights."""
+    stage, names = work.stage, frozenset(encoded)
+    if (names, tolerance) not in work.widths:
+        found: list[Width] = []
+        for key in keys(asked.seed, DRAWS if asked.measure else 1):
+            near = found[-1].radius if found else _elsewhere(work.widths, names, tolerance)
+            found.append(along(stage, _within(names, gaussian_noise(dict(encoded), key)), tolerance, near=near))
+            asked.on_step("width of the basin")
+        work.widths[names, tolerance] = found
+    distance = length(toward(dict(encoded)), {name: stage.base[name] for name in encoded})
+    return statistics.fmean(distance / width.radius for width in work.widths[names, tolerance])
+
+
+def _elsewhere(widths: Mapping[tuple[frozenset[str], float], list[Width]], names: frozenset[str], tolerance: float) -> float | None:
+    """Return about what a radius will be, from one at another tolerance, as in a quadratic bowl; None if there is none."""
+    return next((found[0].radius * math.sqrt(tolerance / other) for (same, other), found in widths.items() if same == names), None)
 
 
 def _gptq(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded]) -> tuple[Estimate, int]:
