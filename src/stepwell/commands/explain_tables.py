@@ -46,7 +46,7 @@ def _row(report: GridReport, tolerance: float) -> dict[str, object]:
         "RTN": aligned(report.rtn.increase, tolerance),
         "searched": aligned(searched, tolerance),
         "GPTQ": aligned(report.gptq.increase, tolerance),
-        "rho_fn": f"{report.rho_fn.value:.2f}",
+        "rho": f"{report.rho_fn.value:.2f}",
         "verdict": headline(report),
         "expected": f"{aligned(verdict.predicted, tolerance)} ({low} to {high})" if measured(report) else "unknown",
     }
