@@ -81,7 +81,7 @@ def rho_uniform(
 ) -> Ratio:
     """Return the mean of 1 / r(xi), xi uniform within half a grid step of every weight: how large rounding noise is, not which it is.
 
-    Where a weight lies beyond the grid's range, xi is its clipping error. Three draws take some 60 forward passes per grid, and as many
+    Where a weight lies beyond the grid's range, xi is its clipping error. Three draws take some 70 forward passes per grid, and as many
     again for the next grid: `rho_fn`, whose one width serves all grids, is the cheap one.
 
     Args:
