@@ -159,11 +159,12 @@ def test_threads_leave_no_trace(cheap, monkeypatch):
     "method",
     [
         sw.ste(sw.nvfp4()),
-        sw.ste(sw.intn(3, block=16, levels="full")),
+        sw.ste(sw.intn(3, block=16, scale=0.1)),
         sw.ste(sw.intn(3, block=16, scale_dtype="bf16")),
-        sw.ste(sw.intn(3, block=16, scale="mse")),
+        sw.ste(sw.intn(3, block=16, levels="affine")),
         sw.ste(sw.intn(3, block=16, compute="bf16")),
-        sw.ste(sw.int3(block=16), clip=0.8),
+        sw.soft(sw.int3(block=16), temperature=0.1),
+        sw.learned(sw.ste(sw.int3(block=16), clip=0.8)),
     ],
     ids=lambda method: f"{method.name} {method.quantizer}",
 )

@@ -32,5 +32,6 @@ def binary_relax(quantizer: Quantizer, *, share: float | Schedule) -> Method:
 
 def relaxed(weight: Tensor, context: Context) -> Tensor:
     """Return what the forward pass sees at the step's share."""
-    share = context.scheduled["share"].to(weight.dtype).clamp(max=1)
-    return weight.lerp(round_nearest(weight, context), share)
+    rounded = round_nearest(weight, context)
+    free = (1 - context.scheduled["share"]).clamp(min=0)  # exact where nothing is free; torch.lerp differs in the last bit by processor
+    return (weight - rounded).mul_(free).add_(rounded)

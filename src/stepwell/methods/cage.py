@@ -26,11 +26,11 @@ def cage(quantizer: Quantizer, *, pull: float | Schedule) -> Method:
         ValueError: a pull that is negative or not finite.
     """
     check_quantizer(quantizer)
-    return Method(quantizer, "cage", deploy=round_nearest, prox=_pulled, curved=False, schedules={"pull": scheduled("pull", pull)})
+    return Method(quantizer, "cage", deploy=round_nearest, prox=pulled, curved=False, schedules={"pull": scheduled("pull", pull)})
 
 
-def _pulled(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+def pulled(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
     """Return the weight after its way towards the grid."""
     del curvature
     share = (context.lr * context.scheduled["pull"]).clamp(max=1)
-    return weight.lerp(round_nearest(weight, context), share.to(weight.dtype))
+    return (round_nearest(weight, context) - weight).mul_(share).add_(weight)

@@ -6,6 +6,8 @@ Differs: the curvature is an average of the squared *task* gradient of its own. 
 well, strength times scale times root mean square gradient above 2 grows without bound.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from stepwell.methods.base import Context, Method, round_nearest
@@ -41,20 +43,11 @@ def coupled(
     if loss_terms is not None:
         check_terms(loss_terms)
     check_decay(decay)
-
-    def gradient(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
-        del deployed
-        factor = context.loss_terms * context.scheduled["strength"]
-        rows = Rows(context.quantizer, context.fitted(weight), factor, through_scale=False)
-        force = penalty_force(weight, context.tensors[FISHER], rows)  # of the steps before: the first has no penalty
-        observe(context, gradient, decay)
-        return force.add_(gradient)
-
     return Method(
         quantizer,
         "coupled lotion",
         deploy=round_nearest if nearest else None,
-        gradient=gradient,
+        gradient=Coupled(decay),
         init=with_fisher(None),
         loss_terms=loss_terms,
         counted=True,
@@ -62,3 +55,19 @@ def coupled(
         unbiased=True,
         strength=strength,
     )
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Adds the penalty's gradient to the task's; a record, so that a kernel can do the same. `decay`: of the average of squares."""
+
+    decay: float
+
+    def __call__(self, gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
+        """Return the sum."""
+        del deployed
+        factor = context.loss_terms * context.scheduled["strength"]
+        rows = Rows(context.quantizer, context.fitted(weight), factor, through_scale=False)
+        force = penalty_force(weight, context.tensors[FISHER], rows)  # of the steps before: the first has no penalty
+        observe(context, gradient, self.decay)
+        return force.add_(gradient)

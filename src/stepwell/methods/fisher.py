@@ -6,11 +6,12 @@ Differs: the average is a plain mean over the first steps and exponential after 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stepwell.methods.base import Context, Init, Method, WithCurvature
+from stepwell.methods.base import Context, Gradient, Init, Method, WithCurvature
 from stepwell.quantizers import Quantizer
 
 FISHER, SEEN = "fisher", "fisher_seen"
@@ -34,18 +35,12 @@ def fisher(method: Method, *, decay: float = 0.99) -> Method:
     if method.curvature is not None or not method.curved or (method.push is None and method.prox is None):
         raise ValueError(f"`method`: {method.name} reads no curvature that could come from here. `lotion(q)` and `prox(q, ..)` do.")
     check_decay(decay)
-    inner = method.gradient
-
-    def gradient(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
-        observe(context, gradient, decay)
-        return gradient if inner is None else inner(gradient, weight, deployed, context)
-
     return method._replace(
         name=f"{method.name}, own curvature",
         init=with_fisher(method.init),
-        gradient=gradient,
-        push=_reading(method.push),
-        prox=_reading(method.prox),
+        gradient=Observed(decay, method.gradient),
+        push=None if method.push is None else Reading(method.push),
+        prox=None if method.prox is None else Reading(method.prox),
         curved=False,
         counted=True,
     )
@@ -70,16 +65,35 @@ def with_fisher(init: Init | None) -> Init:
 def observe(context: Context, gradient: Tensor, decay: float) -> None:
     """Take a step's gradient into the average, in place."""
     seen = context.tensors[SEEN].add_(1)
-    context.tensors[FISHER].lerp_(gradient.square(), seen.reciprocal().clamp_(min=1 - decay))
+    share, mean = seen.reciprocal().clamp_(min=1 - decay), context.tensors[FISHER]
+    mean.add_(gradient.square().sub_(mean).mul_(share))
 
 
-def _reading(function: WithCurvature | None) -> WithCurvature | None:
-    """Return a function that is given the average as its curvature."""
-    if function is None:
-        return None
+@dataclass(frozen=True)
+class Observed:
+    """Takes every gradient into the average before a method changes it; a record, as a kernel can do the same.
 
-    def given(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+    Attributes:
+        decay: of the average.
+        inner: the method's own change of the gradient.
+    """
+
+    decay: float
+    inner: Gradient | None
+
+    def __call__(self, gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
+        """Return the method's gradient."""
+        observe(context, gradient, self.decay)
+        return gradient if self.inner is None else self.inner(gradient, weight, deployed, context)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Gives a function the average as its curvature."""
+
+    function: WithCurvature
+
+    def __call__(self, weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+        """Return what the function returns."""
         del curvature
-        return function(weight, context.tensors[FISHER], context)
-
-    return given
+        return self.function(weight, context.tensors[FISHER], context)

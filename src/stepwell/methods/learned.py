@@ -10,12 +10,12 @@ scales) and needs no gradient scale; the scale starts from a search (from absmax
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stepwell.methods.base import Context, Init, Method
+from stepwell.methods.base import Context, Gradient, Init, Method
 from stepwell.quantizers import Quantizer
 
 SCALE = "scale"  # the Run holds an own tensor of this name as the scale of every block
@@ -35,7 +35,7 @@ def held(method: Method) -> Method:
         ValueError: a grid with zero points, or one whose scale is a fixed number.
     """
     _check(method)
-    return method._replace(name=f"{method.name}, held scales", init=_with_scales(method, _searched))
+    return method._replace(name=f"{method.name}, held scales", init=Scales(method.name, _searched, method.init))
 
 
 def learned(method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Method:
@@ -61,17 +61,46 @@ def learned(method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = 
         raise ValueError(f"`betas` must be two numbers from 0 to below 1: got {betas!r}.")
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"`eps` must be positive and finite: got {eps!r}.")
-    inner, sees_grid = method.gradient, method.deploy is not None
-
-    def gradient(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
-        assert context.fit is not None
-        inside, slope = (_slope_of_loss if sees_grid else _slope_of_error)(gradient, weight, deployed, context)
-        _adam(context, slope, (rate, *betas, eps))
-        passed = gradient * inside if sees_grid else gradient
-        return passed if inner is None else inner(passed, weight, deployed, context)
-
-    init = _with_scales(method, _states)  # that some weights lie outside a learned grid is the scales' own choice
+    init = Scales(method.name, _states, method.init)
+    gradient = Learned(rate, betas, eps, method.deploy is not None, method.gradient)
+    # that some weights lie outside a learned grid is the scales' own choice
     return method._replace(name=f"{method.name}, learned scales", init=init, gradient=gradient, unbiased=False)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Lets the scales of `(blocks, block)` rows learn, and passes the gradient inside the grid; a record, so that a kernel can do the same.
+
+    Attributes:
+        rate, betas, eps: as in `learned`.
+        sees_grid: whether the forward pass sees the scales, so that the loss has a slope in them.
+        inner: the method's own change of the gradient.
+    """
+
+    rate: float
+    betas: tuple[float, float]
+    eps: float
+    sees_grid: bool
+    inner: Gradient | None
+
+    def __call__(self, gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
+        """Move the scales and return the gradient of the weights."""
+        inside, slope = (_slope_of_loss if self.sees_grid else _slope_of_error)(gradient, weight, deployed, context)
+        passed = gradient * inside if self.sees_grid else gradient
+        passed = passed if self.inner is None else self.inner(passed, weight, deployed, context)
+        self.step(slope, context)
+        return passed
+
+    def step(self, slope: Tensor, context: Context) -> None:
+        """Take one Adam step of the log scales down their slope `(blocks, 1)`, in place."""
+        own, (one, two) = context.tensors, self.betas
+        steps, peak = own[STEPS].add_(1), own[PEAK]
+        torch.maximum(peak, context.lr.to(peak.dtype), out=peak)
+        first = own[FIRST].lerp_(slope, 1 - one)
+        second = own[SECOND].mul_(two).addcmul_(slope, slope, value=1 - two)
+        spread = (second / (1 - two**steps)).sqrt_().add_(self.eps)
+        share = context.lr / peak.masked_fill(peak == 0, torch.inf)  # the scales' rate falls as the optimizer's does
+        own[SCALE].mul_((first / (1 - one**steps)).div_(spread).mul_(share).mul_(-self.rate).exp_())
 
 
 def _slope_of_loss(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -99,30 +128,26 @@ def _inside(weight: Tensor, context: Context) -> Tensor:
     return inside.to(weight.dtype)
 
 
-def _adam(context: Context, slope: Tensor, settings: tuple[float, float, float, float]) -> None:
-    """Take one Adam step of the log scales, in place."""
-    rate, one, two, eps = settings
-    own = context.tensors
-    steps, peak = own[STEPS].add_(1), own[PEAK]
-    torch.maximum(peak, context.lr.to(peak.dtype), out=peak)
-    first = own[FIRST].lerp_(slope, 1 - one)
-    second = own[SECOND].mul_(two).addcmul_(slope, slope, value=1 - two)
-    spread = (second / (1 - two**steps)).sqrt_().add_(eps)
-    share = context.lr / peak.masked_fill(peak == 0, torch.inf)  # the scales' rate falls as the optimizer's does
-    own[SCALE].mul_((first / (1 - one**steps)).div_(spread).mul_(share).mul_(-rate).exp_())
+@dataclass(frozen=True)
+class Scales:
+    """Adds scales, and what they learn with, to the tensors that a method makes; a record, so that who has scales is known early.
 
+    Attributes:
+        name: of the method.
+        made: makes the scales' tensors.
+        inner: makes the method's own.
+    """
 
-def _with_scales(method: Method, made: Init) -> Init:
-    """Return an `init` that adds the scales' tensors to a method's own."""
-    init = method.init
+    name: str
+    made: Init
+    inner: Init | None
 
-    def both(weight: Tensor, quantizer: Quantizer) -> dict[str, Tensor]:
-        own = {} if init is None else init(weight, quantizer)
+    def __call__(self, weight: Tensor, quantizer: Quantizer) -> dict[str, Tensor]:
+        """Return all of them."""
+        own = {} if self.inner is None else self.inner(weight, quantizer)
         if SCALE in own:
-            raise ValueError(f"`method`: {method.name} has scales of its own. Wrap it once, in `held` or in `learned`.")
-        return {**own, **made(weight, quantizer)}
-
-    return both
+            raise ValueError(f"`method`: {self.name} has scales of its own. Wrap it once, in `held` or in `learned`.")
+        return {**own, **self.made(weight, quantizer)}
 
 
 def _states(weight: Tensor, quantizer: Quantizer) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def prox(
         quantizer,
         "ste + prox" if nearest else "prox",
         deploy=round_nearest if nearest else None,
-        prox=_step,
+        prox=step,
         curvature=curvature,
         loss_terms=loss_terms,
         schedules={"strength": scheduled("strength", strength)},
@@ -65,7 +65,7 @@ def prox(
     )
 
 
-def _step(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
+def step(weight: Tensor, curvature: Tensor, context: Context) -> Tensor:
     """Return the weight after its proximal step."""
     pull = curvature * (context.scheduled["strength"] * context.loss_terms * context.lr)
     if context.correction is not None:

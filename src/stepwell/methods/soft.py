@@ -20,7 +20,8 @@ from stepwell.schedules import Schedule, scheduled
 
 HOTTEST = 0.5  # grid units, where psi_T of a uniform grid differs from a straight line by 0.2 % of a step
 SQRT2 = math.sqrt(2)
-NEAR = 3  # thresholds on either side that count: the next is 6 standard deviations away at the hottest, 1e-9 of a step
+SIGMAS = 6  # standard deviations from which on a threshold no longer counts: 1e-9 of a step
+NEAR = 3  # thresholds on either side that are nearer at the hottest
 MOST = 16  # levels of a grid with unequal steps, whose thresholds are visited one by one
 
 
@@ -45,18 +46,24 @@ def soft(quantizer: Quantizer, *, temperature: float | Schedule) -> Method:
 def smoothed(weight: Tensor, context: Context) -> Tensor:
     """Return what the forward pass sees at the step's temperature."""
     quantizer, fit = context.quantizer, fitted_apart(weight, context)
+    near = NEAR
+    if weight.is_cpu and not torch.compiler.is_compiling():  # a number that may be looked at: fewer thresholds count when it is cold
+        hot = float(context.scheduled["temperature"])
+        if hot == 0:
+            return quantizer.snap(weight, fit)
+        near = min(NEAR, math.ceil(SIGMAS * hot))
     units, format = fit.to_units(weight), quantizer.format
     temperature = context.scheduled["temperature"].clamp(torch.finfo(torch.float32).tiny, HOTTEST)
     target = grids.round_nearest(units, format)
-    lift = _lift_even(units, target, format, temperature) if format.uniform else _lift(units, target, format, temperature)
+    lift = _lift_even(units, target, format, temperature, near) if format.uniform else _lift(units, target, format, temperature)
     # without smoothing ties go where rounding takes them, not half way
     return quantizer.deliver(target + lift * (context.scheduled["temperature"] > 0), fit)
 
 
-def _lift_even(units: Tensor, target: Tensor, format: Format, temperature: Tensor) -> Tensor:
+def _lift_even(units: Tensor, target: Tensor, format: Format, temperature: Tensor, near: int) -> Tensor:
     """Return psi_T less the rounded weight for a grid of equal steps: each threshold above adds its share, each below takes it away."""
     rest, lift = units - target, torch.zeros_like(units)
-    for step in range(NEAR):
+    for step in range(near):
         above = _risen(rest - (step + 0.5), temperature) * (target <= format.high - step - 1)
         below = _risen(-rest - (step + 0.5), temperature) * (target >= format.low + step + 1)
         lift = lift + above - below

@@ -5,6 +5,7 @@ Courbariaux et al. (arXiv:1602.02830). Differs: the rounding is paid once per op
 """
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -30,13 +31,21 @@ def ste(quantizer: Quantizer, *, clip: float | None = None) -> Method:
     if not (isinstance(clip, int | float) and math.isfinite(clip) and clip > 0):
         raise ValueError(f"`clip` must be a positive number of grid ranges, or None: got {clip!r}.")
 
-    def masked(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
+    return Method(quantizer, "clipped ste", deploy=round_nearest, gradient=Clipped(float(clip)))
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Passes the gradient where the latent weight lies within `clip` times the grid's range; a record, so that a kernel can do the same."""
+
+    clip: float
+
+    def __call__(self, gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> Tensor:
+        """Return the gradient, zero elsewhere."""
         del deployed
         units = context.fitted(weight).to_units(weight)
-        low, high = context.quantizer.format.low * clip, context.quantizer.format.high * clip
+        low, high = context.quantizer.format.low * self.clip, context.quantizer.format.high * self.clip
         return gradient * ((units >= low) & (units <= high))
-
-    return Method(quantizer, "clipped ste", deploy=round_nearest, gradient=masked)
 
 
 def check_quantizer(quantizer: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepwell.methods.base import Context
 from stepwell.methods.lotion import Push, border, tolerance
-from stepwell.run import passes
+from stepwell.run import fused_held, passes
 from stepwell.run.managed import Managed
 
 PAYS = 1 << 20  # managed elements from which kernels are worth some seconds of compilation, once per machine: numba keeps them on disk
@@ -30,7 +30,7 @@ Kernel = Callable[..., None]
 
 def pays(managed: Sequence[Managed]) -> bool:
     """Say whether the automatic path uses kernels: they serve enough elements, a compiler would not serve more, and numba is installed."""
-    served = sum(one.weight.numel() for one in managed if serves(one))
+    served = sum(one.weight.numel() for one in managed if serves(one) or fused_held.serves(one))
     rest = sum(one.weight.numel() for one in managed) - served
     return served >= PAYS and rest < passes.PAYS and kernels() is not None
 
@@ -60,13 +60,16 @@ def kernels() -> ModuleType | None:
 
 def run(work: passes.Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
     """Run a pass by its kernel where it has one for these tensors, else over cache-sized groups of rows."""
-    arrays = _arrays(managed, tensors) if work in (passes.push, passes.deploy) and context.fit is None and serves(managed) else None
+    here = work in (passes.push, passes.deploy) and context.fit is None and serves(managed)
+    arrays = _arrays(managed, tensors) if here or fused_held.has(work, managed) else None
     if arrays is None:
         passes.piecewise(work, managed, context, tensors, *scalars)
         return
     format, compiled = managed.grid.format, kernels()
     assert compiled is not None
-    if work is passes.deploy:
+    if not here:
+        written = tensors[: fused_held.run(work, managed, context, arrays, scalars, _split)]
+    elif work is passes.deploy:
         _split(compiled.deploy, arrays, np.float32(format.edge))
         written = tensors
     else:

@@ -1,0 +1,223 @@
+"""Fused passes of the methods beside STE and LOTION, of signed and half-odd grids, and of every method at scales that the Run holds.
+
+`fused` serves the common case. Scales that are not held are fitted by the eager rule first, which takes two sweeps more.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepwell.methods.base import Context, Method, round_nearest
+from stepwell.methods.binary_relax import relaxed
+from stepwell.methods.cage import pulled
+from stepwell.methods.coupled import Coupled
+from stepwell.methods.fisher import FISHER, SEEN, Observed, Reading
+from stepwell.methods.learned import Learned, Scales
+from stepwell.methods.lotion import Push, border, tolerance
+from stepwell.methods.parq import annealed
+from stepwell.methods.prox import EPSILON, step
+from stepwell.methods.sampled import drawn
+from stepwell.methods.ste import Clipped
+from stepwell.run import passes
+from stepwell.run.managed import Managed
+
+Split = Callable[..., None]
+
+
+class Call(NamedTuple):
+    """A pass to be made by a kernel.
+
+    Attributes:
+        compiled: the kernels.
+        one: the parameter.
+        context: what the method may know.
+        arrays: `(blocks, block)`, those of the pass.
+        scale: `(blocks,)`.
+        scalars: of the pass.
+        split: runs a kernel on as many threads as there are, given the arrays that are cut by rows and the rest.
+    """
+
+    compiled: ModuleType
+    one: Managed
+    context: Context
+    arrays: list[Any]
+    scale: Any
+    scalars: Sequence[Tensor]
+    split: Split
+
+    @property
+    def grid(self) -> list[float]:
+        """Lowest and highest value, and what makes the values integers."""
+        format = self.one.grid.format
+        return [format.low, format.high, format.shift]
+
+
+def serves(one: Managed) -> bool:
+    """Whether kernels can do all that a parameter's method does in every step."""
+    method, grid = one.method, one.grid
+    return (
+        _changes(method)
+        and (method.deploy is None or method.deploy in (round_nearest, annealed, relaxed, drawn))
+        and (method.prox is None or _read(method.prox) in (pulled, step))
+        and (method.push is None or _pushes(one))
+        and any(part is not None for part in (method.deploy, method.prox, method.push, method.gradient))
+        and grid.format.levels in ("symmetric", "full", "mid")
+        and (isinstance(grid.rule, str) or isinstance(method.init, Scales))  # else the scale is a fixed number
+        and (grid.scale_dtype, grid.compute) == ("fp32", None)
+        and one.weight.dtype == torch.float32
+        and one.weight.is_cpu
+    )
+
+
+def has(work: passes.Pass, one: Managed) -> bool:
+    """Whether a pass of this parameter has a kernel here."""
+    return work in KERNELS and serves(one) and kernels() is not None
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """Return the compiled kernels; None where numba is absent, or has no folder to keep them in."""
+    try:
+        from stepwell.run import kernels_held
+    except (ImportError, RuntimeError):
+        return None
+    return kernels_held
+
+
+def run(work: passes.Pass, one: Managed, context: Context, arrays: list[Any], scalars: Sequence[Tensor], split: Split) -> int:
+    """Run a pass over `(blocks, block)` arrays by its kernel; return how many of the arrays, from the first, were written."""
+    compiled = kernels()
+    assert compiled is not None
+    weight = torch.from_numpy(arrays[1 if work in (passes.gradient, passes.descend) else 0])
+    fit = one.grid.fit(weight) if context.fit is None else context.fit
+    scale = fit.scale.reshape(-1).to(torch.float32).contiguous().numpy()
+    return KERNELS[work](Call(compiled, one, context, arrays, scale, scalars, split))
+
+
+def _deploy(call: Call) -> int:
+    """Write what the forward pass sees."""
+    deploy, values = call.one.method.deploy, {name: float(value) for name, value in call.context.scheduled.items()}
+    arrays = [*call.arrays, call.scale]
+    if deploy is drawn:
+        places = call.context.offset + np.arange(len(call.scale), dtype=np.int64) * arrays[0].shape[1]
+        call.split(call.compiled.drawn, [*arrays, places], *_floats(call.grid), np.int64(int(call.context.key)))
+    elif deploy is annealed:
+        slope = values["slope"]
+        numbers = [*call.grid, max((1 - slope) / 2, 0.0), max(slope, float(call.compiled.TINY))]
+        call.split(call.compiled.affine, arrays, *_floats(numbers))
+    elif deploy is relaxed:
+        call.split(call.compiled.relaxed, arrays, *_floats([*call.grid, max(1 - values["share"], 0.0)]))
+    else:
+        call.split(call.compiled.nearest, arrays, *_floats(call.grid))
+    return 2
+
+
+def _prox(call: Call) -> int:
+    """Take the method's step after the optimizer's."""
+    context, prox = call.context, call.one.method.prox
+    rate, values = float(context.lr), {name: float(value) for name, value in context.scheduled.items()}
+    if prox is pulled:
+        call.split(call.compiled.pulled, [call.arrays[0], call.scale], *_floats([*call.grid, min(rate * values["pull"], 1.0)]))
+        return 1
+    correction = 0.0 if context.correction is None else float(context.correction)
+    numbers = [*call.grid, values["strength"] * float(context.loss_terms) * rate, correction, EPSILON]
+    call.split(call.compiled.proximal, [call.arrays[0], _curvature(call, prox, 1), call.scale], *_floats(numbers))
+    return 1
+
+
+def _push(call: Call) -> int:
+    """Add LOTION's penalty to the first moment."""
+    weight, moment, _, second = call.arrays
+    arrays = [weight, moment, _curvature(call, call.one.method.push, 2), second, call.scale]
+    numbers, through_scale = _penalty(call)
+    call.split(call.compiled.push, arrays, *_floats([*call.grid, *(float(scalar) for scalar in call.scalars), *numbers]), through_scale)
+    return 2
+
+
+def _descend(call: Call) -> int:
+    """Write a step down LOTION's penalty."""
+    arrays = [*call.arrays[:2], _curvature(call, call.one.method.push, 2), call.scale]
+    numbers, through_scale = _penalty(call)
+    call.split(call.compiled.descend, arrays, *_floats([*call.grid, float(call.context.lr), *numbers]), through_scale)
+    return 1
+
+
+def _gradient(call: Call) -> int:
+    """Change the gradient, and what a method learns from it."""
+    change, context, (gradient, weight, deployed) = call.one.method.gradient, call.context, call.arrays
+    low, high, _ = call.grid
+    if isinstance(change, Learned):
+        slope = np.empty_like(call.scale)
+        if change.sees_grid:
+            call.split(call.compiled.learn, [gradient, weight, deployed, call.scale, slope], *_floats([low, high]))
+        else:
+            call.split(call.compiled.weigh, [gradient, weight, call.scale, slope], *_floats(call.grid))
+        change.step(torch.from_numpy(slope)[:, None], context)
+    elif isinstance(change, Clipped):
+        call.split(call.compiled.clip, [gradient, weight, call.scale], *_floats([low * change.clip, high * change.clip]))
+    elif isinstance(change, Observed):
+        call.split(call.compiled.observe, [gradient, _own(call, FISHER), _share(call, change.decay)])
+    else:
+        assert isinstance(change, Coupled)
+        pull = float(context.loss_terms) * float(context.scheduled["strength"]) / 2
+        arrays = [gradient, weight, _own(call, FISHER), call.scale, _share(call, change.decay)]
+        call.split(call.compiled.couple, arrays, *_floats([*call.grid, pull, tolerance(torch.float32, call.one.grid.format)]))
+    return 1
+
+
+KERNELS: dict[passes.Pass, Callable[[Call], int]] = {
+    passes.deploy: _deploy,
+    passes.prox: _prox,
+    passes.push: _push,
+    passes.descend: _descend,
+    passes.gradient: _gradient,
+}
+
+
+def _changes(method: Method) -> bool:
+    """Whether a kernel knows what a method does to gradients."""
+    change = method.gradient
+    return change is None or isinstance(change, Clipped | Coupled) or (isinstance(change, Learned | Observed) and change.inner is None)
+
+
+def _pushes(one: Managed) -> bool:
+    """Whether a kernel knows a method's penalty."""
+    return isinstance(_read(one.method.push), Push)
+
+
+def _read(function: object) -> object:
+    """Return what a function does, whatever it takes for curvature."""
+    return function.function if isinstance(function, Reading) else function
+
+
+def _curvature(call: Call, function: object, index: int) -> Any:
+    """Return the curvature that a function reads: its own average, or the pass's array."""
+    return _own(call, FISHER) if isinstance(function, Reading) else call.arrays[index]
+
+
+def _own(call: Call, name: str) -> Any:
+    """Return a method's own tensor as an array on its memory."""
+    return call.context.tensors[name].numpy()
+
+
+def _share(call: Call, decay: float) -> Any:
+    """Count a step of the average and return the share that its square has in it, `(blocks,)`."""
+    return call.context.tensors[SEEN].add_(1).reciprocal().clamp_(min=1 - decay).reshape(-1).numpy()
+
+
+def _penalty(call: Call) -> tuple[list[float], bool]:
+    """Return the penalty's factor and its tolerances, and whether it reaches the scale."""
+    push, format = _read(call.one.method.push), call.one.grid.format
+    assert isinstance(push, Push)
+    factor = float(call.context.loss_terms) * push.strength / 2
+    return [factor, tolerance(torch.float32, format), border(torch.float32, format)], push.through_scale and call.context.fit is None
+
+
+def _floats(numbers: Sequence[float]) -> list[Any]:
+    """Return numbers as the kernels take them."""
+    return [np.float32(number) for number in numbers]
