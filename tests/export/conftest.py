@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import stepwell as sw
-from stepwell.export.onnx import Exported
+from stepwell.export.exported import Exported
 from stepwell.quantizers import Encoded, Quantizer
 
 GRID = sw.target("onnx:matmulnbits")

@@ -29,11 +29,27 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """One known reason why a runtime's outputs differ from the model's, modelled or switched off to see what it accounts for.
+
+    Attributes:
+        name: the reason, for example "int8 activations in the kernel".
+        what: how the check was repeated without it: what was modelled in the reference, or switched off in the runtime.
+        before, after: largest relative difference of the outputs without and with that, in the unit of `max_relative_error`.
+    """
+
+    name: str
+    what: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What a runtime loaded and computed, against the model with `encoded.decode()` in place.
 
     Attributes:
-        path, sha256: the file that was checked.
+        path, sha256: the file or folder that was checked.
         runtime, version: what ran it.
         codes_equal, scales_equal: over all layers; None where no encoded weights were given.
         values_equal: whether every decoded weight is the model's; None where no weight could be compared.
@@ -45,6 +61,7 @@ class Certificate:
         inputs: input shapes of every run.
         layers: one row per weight; none where the file holds no quantized weight and no encoded weights were given.
         passed: weights equal and error within tolerance; never without a weight in `layers`.
+        causes: what the error was traced to, in the order in which the causes were taken away; empty where none was looked for.
     """
 
     path: str
@@ -62,6 +79,12 @@ class Certificate:
     inputs: tuple[str, ...]
     layers: tuple[Layer, ...]
     passed: bool
+    causes: tuple[Cause, ...] = ()
+
+    @property
+    def remainder(self) -> float:
+        """The relative error that no known cause accounts for: all of it where none was looked for."""
+        return self.causes[-1].after if self.causes else self.max_relative_error
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings; numbers that are not finite become None."""
@@ -93,7 +116,7 @@ class Certificate:
         ]
         if self.kl is not None and self.top1_agreement is not None:
             lines.append(f"KL {self.kl:.1e} nats per row, top-1 agreement {self.top1_agreement:.2%}")
-        return lines
+        return [*lines, *(f"cause: {cause.name} ({cause.what}): {cause.before:.1e} becomes {cause.after:.1e}" for cause in self.causes)]
 
 
 def _word(equal: bool | None) -> str:

@@ -6,7 +6,6 @@ The graph comes from torch.export while the model holds `encoded.decode()`; weig
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,13 @@ from torch import Tensor, nn
 
 from stepwell.export import nbits
 from stepwell.export.deployed import check_encoded, deployed, owners, plain
+from stepwell.export.exported import Exported
 from stepwell.export.extras import need
 from stepwell.export.onnx_graph import Weight, folded, products, replace
 from stepwell.export.trace import check_example, check_sequence, open_axes, quiet, to_graph
 from stepwell.quantizers import Encoded
 
 LARGEST = 2**31 - 2**20  # bytes: protobuf holds two gigabytes, less a little for the graph itself
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export did with every encoded weight.
-
-    Attributes:
-        path: the file.
-        products: parameter name -> number of matrix products that run on its codes.
-        floats: parameter name -> why the weight is (also) in the file as float32 grid values.
-    """
-
-    path: Path
-    products: dict[str, int]
-    floats: dict[str, str]
 
 
 def onnx(

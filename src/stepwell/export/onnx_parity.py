@@ -1,0 +1,105 @@
+"""ONNX parity: what onnxruntime loaded from a file, against the model it came from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from stepwell.export import nbits, onnx_file
+from stepwell.export.certificate import Certificate, Layer
+from stepwell.export.deployed import owners, plain
+from stepwell.export.extras import need
+from stepwell.export.outputs import certify, compare
+from stepwell.quantizers import Encoded
+
+
+def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Mapping[str, Encoded]) -> Certificate:
+    """Load an `.onnx` file into onnxruntime and compare weights and outputs; arguments as in `verify`, already checked.
+
+    Raises:
+        ModuleNotFoundError: the extra `onnx` is not installed.
+        ValueError: no ONNX file, or a model or example that does not fit it.
+    """
+    need("onnx", "onnxruntime", extra="onnx")
+    file, session = onnx_file.read(path), onnx_file.load(path)
+    layers = _against_encoded(file, model, encoded) if encoded else _against_model(file, model)
+    runs = compare(model, encoded, session.run, example, axes=session.axes)
+    return certify(path, layers, runs, runtime="onnxruntime CPUExecutionProvider", version=session.version)
+
+
+def _against_encoded(file: onnx_file.OnnxFile, model: nn.Module, encoded: Mapping[str, Encoded]) -> list[Layer]:
+    """Compare every encoded weight with what the file holds for it, and name what else the file holds."""
+    parameters, layers = owners(model), []
+    claimed: set[str] = set()
+    for name, weight in encoded.items():
+        aliases = {alias for alias, parameter in parameters.items() if parameter is parameters[name]}
+        expected = nbits.hold(weight) if weight.codes.ndim == 2 and nbits.refusal(weight) is None else None
+        products = [product for product in file.products if product.parameter in aliases]
+        if not products and expected is not None:  # files of others have other names, and equal operators may have been merged
+            products = [product for product in file.products if _same(product.held, expected)]
+        claimed.update(product.node for product in products)
+        if products and expected is not None:
+            layers.append(_layer(name, products, expected, file.floats.get(name, "")))
+        else:
+            layers.append(_float_layer(name, weight, file))
+    for product in file.products:
+        if product.node not in claimed:
+            layers.append(Layer(product.parameter, 1, _grid(product), False, False, False, "in the file, but not in `encoded`"))
+    return layers
+
+
+def _layer(name: str, products: list[onnx_file.Product], expected: nbits.Held, also: str) -> Layer:
+    """Compare the operators of one weight with what they should hold."""
+    notes = [also] if also else []
+    codes = scales = values = True
+    for product in products:
+        held = product.held
+        if held.codes.shape != expected.codes.shape or held.scales.shape != expected.scales.shape or held.bits != expected.bits:
+            codes = scales = values = False
+            notes.append(f"{product.node} has shape {held.codes.shape}, {held.bits} bits, block {held.block}")
+            continue
+        wrong_codes = int((held.codes != expected.codes).sum()) + int((held.zeros != expected.zeros).sum())
+        wrong_scales = int((held.scales.view(np.uint32) != expected.scales.view(np.uint32)).sum())
+        codes, scales = codes and not wrong_codes, scales and not wrong_scales
+        values = values and np.array_equal(held.decode(), expected.decode())
+        if wrong_codes:
+            notes.append(f"{wrong_codes} of {held.codes.size} codes differ")
+        if wrong_scales:
+            notes.append(f"{wrong_scales} of {held.scales.size} scales differ")
+    return Layer(name, len(products), _grid(products[0]), codes, scales, values, "; ".join(notes))
+
+
+def _float_layer(name: str, weight: Encoded, file: onnx_file.OnnxFile) -> Layer:
+    """Compare a weight that the export lists as float; one it does not list is missing."""
+    reason = file.floats.get(name)
+    if reason is None:
+        return Layer(name, 0, "-", False, False, False, "not in the file, and not listed as float")
+    stored = file.arrays.get(name)
+    equal = None if stored is None else np.array_equal(stored, plain(weight.decode()).numpy())
+    if equal is False and reason.endswith(nbits.FOLDED):
+        equal = None
+    return Layer(name, 0, "float", None, None, equal, reason)
+
+
+def _against_model(file: onnx_file.OnnxFile, model: nn.Module) -> list[Layer]:
+    """Compare every decoded matrix of the file with the model's parameter of that name, or of that value."""
+    matrices = {name: plain(parameter).numpy() for name, parameter in owners(model).items() if parameter.ndim == 2}
+    layers = []
+    for product in file.products:
+        value = product.held.decode()
+        own = {product.parameter: matrices[product.parameter]} if product.parameter in matrices else matrices
+        name = next((name for name, matrix in own.items() if np.array_equal(matrix, value) or np.array_equal(matrix.T, value)), None)
+        note = "" if name else f"the model's {product.parameter} differs" if len(own) == 1 else "no parameter of the model has this value"
+        layers.append(Layer(name or product.parameter, 1, _grid(product), None, None, name is not None, note))
+    return layers
+
+
+def _same(one: nbits.Held, two: nbits.Held) -> bool:
+    parts = ((one.codes, two.codes), (one.scales, two.scales), (one.zeros, two.zeros))
+    return one.bits == two.bits and all(np.array_equal(a, b) for a, b in parts)
+
+
+def _grid(product: onnx_file.Product) -> str:
+    zeros = ", zero points" if product.held.stored_zeros else ""
+    return f"{product.held.bits} bits, block {product.held.block}{zeros}"
