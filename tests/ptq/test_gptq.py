@@ -292,3 +292,12 @@ def test_bad_input_is_refused_and_nothing_is_written(model, quantizer, batches, 
     with pytest.raises(error, match=words):
         sw.ptq.gptq(built, quantizer, batches, **options)
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
+def test_weights_can_go_elsewhere_one_by_one():
+    model, other, found = network(), network(), {}
+    expected = sw.ptq.gptq(model, Q, data())
+    assert sw.ptq.gptq(other, Q, data(), into=found) == {}
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name].codes, one.codes) and torch.equal(found[name].scales, one.scales) for name, one in expected.items())
+    assert all(torch.equal(value, state(model)[name]) for name, value in other.state_dict().items())

@@ -6,7 +6,7 @@ projections may share, costs one pass over the batches up to it, and one Hessian
 `sequential`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,12 @@ def gptq(
     forward: Forward | None = None,
     done: Mapping[str, Encoded] | None = None,
     on_layer: Callable[[str, Encoded], None] | None = None,
+    into: MutableMapping[str, Encoded] | None = None,
 ) -> dict[str, Encoded]:
     """Round a model's weights by GPTQ, in place, and return them encoded.
 
-    The model runs in evaluation mode without gradients; what it was in is restored. After an error all weights are what they were.
+    The model runs in evaluation mode without gradients; what it was in is restored. After an error all weights are what they were, unless
+    `into` is given.
 
     Args:
         model: any module; only its weights are written.
@@ -47,9 +49,12 @@ def gptq(
             list by position.
         done: weights that an earlier call encoded, for example before it was interrupted: they are written, not computed.
         on_layer: called with every name and weight as soon as it is rounded: show progress, or save it for `done`.
+        into: where encoded weights go instead of the result, for example onto a disk. Then no copy of the weights is kept, so that the
+            model, one layer's codes and its Hessian are all that is held; after an error some weights stay rounded.
 
     Returns:
-        Encoded weights by parameter name, in the model's order. `encoded[name].decode()` equals the float32 parameter bit for bit.
+        Encoded weights by parameter name, in the model's order; empty with `into`. `encoded[name].decode()` equals the float32 parameter
+        bit for bit.
 
     Raises:
         TypeError: something that is no `Quantizer` where one belongs; one batch in place of a list of them.
@@ -67,19 +72,22 @@ def gptq(
     rows = chosen(model, quantizer, skip=skip)
     kept = _kept(batches)
     modules = holders(model, {row.name: row.parameter for row in rows})
-    encoded = _checked(done, rows)
+    finished = _checked(done, rows)
+    encoded: MutableMapping[str, Encoded] = {} if into is None else into
     run, by_name = forward or run_batch, {row.name: row for row in rows}
-    with torch.no_grad(), _evaluating(model), _restored_on_error(rows):
+    with torch.no_grad(), _evaluating(model), _restored_on_error(rows if into is None else []):
         order_of_use = uses(model, modules, kept, run)
-        for name, one in encoded.items():
+        for name, one in finished.items():
+            encoded[name] = one
             by_name[name].parameter.copy_(one.decode())
-        for name, hessian in _hessians(model, order_of_use, kept, run, leave=set(encoded)):
+        for name, hessian in _hessians(model, order_of_use, kept, run, leave=set(finished)):
             row = by_name[name]
-            encoded[name] = sequential(row.parameter, hessian, row.quantizer, damping=damping, order=order, name=name)
-            row.parameter.copy_(encoded[name].decode())
+            one = sequential(row.parameter, hessian, row.quantizer, damping=damping, order=order, name=name)
+            encoded[name] = one
+            row.parameter.copy_(one.decode())
             if on_layer is not None:
-                on_layer(name, encoded[name])
-    return {row.name: encoded[row.name] for row in rows}
+                on_layer(name, one)
+    return {row.name: encoded[row.name] for row in rows} if into is None else {}
 
 
 def _kept(batches: Iterable[Any]) -> list[Any]:
