@@ -150,9 +150,13 @@ class Quantizer:
             return None
         return scales.tensor_scale(self._wanted(blocks, *scales.extremes(blocks)).abs().max(), self.format)
 
-    def hold(self, scale: Tensor) -> Fit:
-        """Return given scales `(blocks, 1)` of a whole weight as they will be stored; grids with zero points follow the weights instead."""
-        tensor_scale = scales.tensor_scale(scale.abs().max(), self.format) if self.scale_dtype == "e4m3" else None
+    def hold(self, scale: Tensor, *, tensor_scale: Tensor | None = None) -> Fit:
+        """Return given scales `(blocks, 1)` as they will be stored; grids with zero points follow the weights instead.
+
+        `tensor_scale` is as in `fit`.
+        """
+        if self.scale_dtype == "e4m3" and tensor_scale is None:
+            tensor_scale = scales.tensor_scale(scale.abs().max(), self.format)
         return self._stored(scale, scale, scale, tensor_scale)
 
     def snap(self, blocks: Tensor, fit: Fit) -> Tensor:

@@ -1,7 +1,7 @@
 """One rank of a sharded run: `torchrun -m tests.run.sharded_worker FOLDER` trains on two ranks and writes what the tests compare.
 
-Both ranks see the same batch, so that the averaged gradient is that of one process. Weights have 5, 6 and 1 rows: shards are
-uneven, and the second rank holds nothing of the last.
+Here both ranks see the same batch (in `data_parallel` rows of their own), so that the averaged gradient is that of one process. Weights
+have 5, 6 and 1 rows: shards are uneven, and the second rank holds nothing of the last.
 """
 
 import copy
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tests.cases import METHODS, seeded
+from tests.run import data_parallel
 from tests.run.throwaway import everything
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -115,7 +116,10 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*(outside the run|latent weights).*")
     dist.init_process_group("gloo")
-    found = {name: trial(name) for name in methods()}
+    found = {
+        "same rows": {name: trial(name) for name in methods()},
+        "own rows": data_parallel.trials(dist.get_rank(), dist.get_world_size()),
+    }
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

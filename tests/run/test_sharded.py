@@ -1,27 +1,10 @@
 """Two FSDP2 ranks (gloo, on the CPU) train what one process trains: losses, codes, draws, and resuming from a whole state."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tests.cases import gaussian
 from tests.run.sharded_worker import STOP, attach, data, methods, network, steps
 
-import stepwell as sw
 from stepwell import randomness
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.run.sharded_worker"]
-    done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", methods())
@@ -31,7 +14,7 @@ def test_two_ranks_equal_one_process(ranks, name):
     optimizer, run = attach(model, name)
     losses = steps(model, optimizer, data())
     encoded = run.finalize()
-    for found in (rank[name] for rank in ranks):
+    for found in (rank["same rows"][name] for rank in ranks):
         assert found["losses"] == pytest.approx(losses, rel=1e-6)
         assert list(found["codes"]) == list(encoded) == ["0.weight", "3.weight", "6.weight"]
         for key, value in encoded.items():
@@ -42,7 +25,7 @@ def test_two_ranks_equal_one_process(ranks, name):
 
 @pytest.mark.parametrize("name", methods())
 def test_two_ranks_resume_from_a_whole_state(ranks, name):
-    for found in (rank[name] for rank in ranks):
+    for found in (rank["same rows"][name] for rank in ranks):
         assert found["resumed"] == found["losses"][STOP:]
         assert all(torch.equal(found["codes"][key], found["resumed codes"][key]) for key in found["codes"])
 
@@ -59,34 +42,3 @@ def test_draws_are_uniform():
     draws = randomness.uniform(randomness.stream(0, 0, "w"), (2**16,), dtype=torch.float64).sort().values
     assert (draws - torch.arange(2**16) / 2**16).abs().max() < 1.95 / 2**8
     assert ((draws >= 0) & (draws < 1)).all()
-
-
-@pytest.fixture
-def mesh():
-    """A process group of one, enough to make DTensors."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("quantizer", "dim", "message"),
-    [
-        (sw.int4(block=8), 1, "which cuts its blocks"),
-        (sw.int4(block=None), 0, "needs one scale for the whole tensor"),
-        (sw.nvfp4(), 0, "needs one scale for the whole tensor"),
-    ],
-    ids=["columns", "tensor scale", "scale of scales"],
-)
-def test_shard_that_cuts_blocks_is_refused(mesh, quantizer, dim, message):
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    model = torch.nn.Linear(32, 8)
-    weight = distribute_tensor(gaussian(8, 32, seed=0), mesh, [Shard(dim)])
-    model.weight = torch.nn.Parameter(weight)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=rf"'weight' is sharded.*{message}"):
-        sw.attach(model, sw.ste(quantizer), optimizer)

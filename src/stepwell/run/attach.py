@@ -22,8 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from stepwell.health import Health, Watch
 from stepwell.methods.base import Method
 from stepwell.methods.distill import Loss, plain
-from stepwell.quantizers import Encoded, check_weight
-from stepwell.run import notices, state, writes
+from stepwell.quantizers import Encoded
+from stepwell.run import notices, sharding, state, writes
 from stepwell.run.calibrate import BatchLoss, Calibration, calibrate
 from stepwell.run.check import managed_of, optimizers_of
 from stepwell.run.managed import Managed
@@ -117,7 +117,8 @@ class Run:
                     if torch.equal(one.weight, latent):
                         self._stepper.show(one)
                     else:
-                        self._stepper.adopt(one)
+                        writes.take_over(one, self._stepper)
+                self._stepper.agree(self._managed)
 
     def finalize(self) -> dict[str, Encoded]:
         """Leave the weights on the grid, remove every hook, and return what is stored and shipped.
@@ -135,12 +136,7 @@ class Run:
     def encoded(self) -> dict[str, Encoded]:
         """Return what `finalize` would return now; the run goes on."""
         self._settle()
-        encoded = {}
-        for one in self._managed:
-            if one.source.numel():  # not an empty shard
-                check_weight(one.source, one.name)
-            encoded[one.name] = one.encode()
-        return encoded
+        return {one.name: one.encode() for one in self._managed}
 
     def detach(self, *, keep: Literal["latent", "deployed"] = "latent") -> None:
         """Remove every hook and leave the latent weights in the model, or what the forward pass saw."""
@@ -155,14 +151,15 @@ class Run:
     def health(self) -> Health:
         """Return flips, oscillation, dead and clipped weights since the last call, and how far the weights are from the grid.
 
-        Costs one pass over the weights and, from the first call on, three bytes per element.
+        Costs one pass over the weights and, from the first call on, three bytes per element. Over all shards where parameters are sharded:
+        call it on every rank then, as `encoded`, `finalize` and `deployed`.
         """
         self._settle()
         rows = {}
         for one in self._managed:
             watch = self._watch.setdefault(one.name, Watch())
             rows[one.name] = watch.look(one.blocks(one.source), one.grid, one.held_fit(one.source))
-        return Health(rows)
+        return Health(sharding.pooled(self._managed, rows))
 
     def calibrate(self, loss: BatchLoss, batches: Iterable[Any], *, draws: int = 8, every: int | None = None) -> Calibration:
         """Set `loss_terms` to what makes the penalty cost what randomized rounding costs, so that nobody needs to count.
@@ -244,8 +241,9 @@ class Run:
             if state.LATENT not in entries.get(one, {}):
                 missing.append(one.name)
                 if not one.untouched and not self._stepper.shows(one):
-                    self._stepper.adopt(one)
+                    writes.take_over(one, self._stepper)
             self._stepper.show(one)
+        self._stepper.agree(self._managed)
         if missing:
             state.warn_missing(missing)
 

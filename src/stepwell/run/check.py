@@ -12,8 +12,9 @@ from stepwell.blocks import block_length
 from stepwell.methods.base import Curvature, Method
 from stepwell.quantizers import check_weight
 from stepwell.run import state
-from stepwell.run.managed import Managed, local, located, shard_offset
+from stepwell.run.managed import Managed, groups_of, local, located, shard_offset
 from stepwell.run.moments import EXACT, exact, reads_moments
+from stepwell.run.sharding import check_spanning
 from stepwell.selection import Row, select
 
 
@@ -109,7 +110,11 @@ def _managed(row: Row[Method], holders: Sequence[Optimizer]) -> Managed:
         _check_curvature(name, method.curvature, parameter)
     if optimizer is not None and reads_moments(method):
         _check_moments(name, method, optimizer, parameter)
-    return Managed(name, parameter, method, quantizer, optimizer, offset=shard_offset(parameter, quantizer, name))
+    offset = shard_offset(parameter, quantizer, name)
+    spans = quantizer.block is None or quantizer.scale_dtype == "e4m3"
+    one = Managed(name, parameter, method, quantizer, optimizer, offset=offset, groups=groups_of(parameter) if spans else ())
+    check_spanning(one)
+    return one
 
 
 def _check_curvature(name: str, curvature: Curvature, parameter: nn.Parameter) -> None:

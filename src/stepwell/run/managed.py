@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from stepwell import grids
 from stepwell.blocks import block_length, from_blocks, scale_shape, to_blocks
 from stepwell.methods.base import Method
-from stepwell.quantizers import Encoded, Quantizer
+from stepwell.quantizers import Encoded, Quantizer, check_weight
 from stepwell.scales import Fit
 
 SCALE = "scale"  # name of a method's own tensor that is the scale of every block
@@ -32,6 +32,8 @@ class Managed:
         latent: local latent weight, where the method deploys something else.
         tensors: the method's own tensors, one row per block.
         fit: scales that the Run holds instead of refitting them, where the rule is a search.
+        groups: process groups that hold the other shards, where a scale spans them; empty elsewhere.
+        reach: what all ranks have agreed on there: the tensor's `(1, 2)` lowest and highest weight, or its 0-dim scale of the scales.
         seen: version and address of the parameter's memory after our last write.
         grid: the quantizer of `(blocks, block)` rows.
         place: the optimizer's group and the index within it that hold the parameter.
@@ -48,6 +50,8 @@ class Managed:
     latent: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     fit: Fit | None = None
+    groups: tuple[Any, ...] = ()
+    reach: Tensor | None = None
     seen: tuple[int, int] = (-1, -1)
     place: tuple[int, int] = (0, 0)
     owner: tuple[nn.Module, str] | None = None
@@ -106,9 +110,12 @@ class Managed:
         `tensor` is a local weight.
         """
         if self.begun and SCALE in self.tensors:
-            return self.grid.hold(self.tensors[SCALE])
+            return self.grid.hold(self.tensors[SCALE], tensor_scale=self.reach)
         if self.begun and self.fit is not None:
             return self.fit
+        if self.reach is not None:
+            spread = self.quantizer.block is None
+            return self.grid.fit(self.reach) if spread else self.grid.fit(wide(self.blocks(tensor)), tensor_scale=self.reach)
         if self.quantizer.scale_dtype != "e4m3":
             return None
         return self.grid.fit(wide(self.blocks(tensor)))
@@ -124,8 +131,9 @@ class Managed:
         return self.unblock(self.grid.snap(blocks, self.grid.fit(blocks) if fit is None else fit))
 
     def encode(self) -> Encoded:
-        """Return the whole parameter's codes and scales, gathered from all shards."""
+        """Return the whole parameter's codes and scales, gathered from all shards; a weight that is not finite is refused."""
         shape, whole = tuple(self.parameter.shape), whole_tensor(like(self.parameter, self.source))
+        check_weight(whole, self.name)  # gathered first: a rank that stopped at its own shard would leave the others waiting
         if not self.begun or (self.fit is None and SCALE not in self.tensors):
             return self.quantizer.encode(whole)
         held = self.held_fit(self.source)
@@ -146,6 +154,7 @@ class Managed:
             return False
         self.latent = self.latent.to(weight)
         self.tensors = {key: tensor.to(weight.device) for key, tensor in self.tensors.items()}
+        self.reach = None if self.reach is None else self.reach.to(wide(weight))
         if self.fit is not None:
             self.fit = Fit(*(None if part is None else part.to(weight.device) for part in self.fit))  # type: ignore[arg-type]
         return True
@@ -183,16 +192,18 @@ def rows_like(one: Managed, part: Tensor) -> Tensor:
 
     Whole rows of the parameter lie on one rank, blocks need not split evenly: 3 rows of 5 blocks on two ranks are 10 and 5 blocks.
     """
-    whole: Any = one.parameter
-    if not hasattr(whole, "to_local") or not any(placement.is_shard() for placement in whole.placements):
+    if not groups_of(one.parameter):
         return part
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
-    blocks = scale_shape(tuple(whole.shape), one.quantizer.block, one.quantizer.axis)
-    shape = (whole.shape[0], blocks[0] * blocks[1] // whole.shape[0], *part.shape[1:])
-    rows = part.reshape(one.weight.shape[0], *shape[1:])
+    whole: Any = one.parameter
+    blocks, dimension = scale_shape(tuple(whole.shape), one.quantizer.block, one.quantizer.axis), _rows_dimension(whole, one.quantizer)
+    length = whole.shape[dimension]
+    shape = (length, blocks[0] * blocks[1] // length, *part.shape[1:])
+    rows = part.reshape(one.weight.shape[dimension], *shape[1:])
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(rows, whole.device_mesh, whole.placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    placements = [Shard(0) if placement.is_shard() else placement for placement in whole.placements]
+    return DTensor.from_local(rows, whole.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def whole_tensor(placed: Tensor) -> Tensor:
@@ -207,30 +218,39 @@ def wide(blocks: Tensor) -> Tensor:
     return blocks if blocks.dtype in (torch.float32, torch.float64) else blocks.float()
 
 
+def groups_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Return the process groups, one per mesh dimension, that a parameter's shards are spread over; empty where it is whole."""
+    if not hasattr(parameter, "to_local"):
+        return ()
+    whole: Any = parameter
+    return tuple(whole.device_mesh.get_group(k) for k, placement in enumerate(whole.placements) if not placement.is_replicate())
+
+
 def shard_offset(parameter: Tensor, quantizer: Quantizer, name: str) -> int:
-    """Return the index of the local shard's first element.
+    """Return the index of the local shard's first element, as blocks lie one after the other.
 
     Raises:
-        ValueError: a shard that cuts blocks or tensor-wide scales.
+        ValueError: a shard that cuts blocks.
     """
-    if not hasattr(parameter, "to_local"):
+    if not groups_of(parameter):
         return 0
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     whole: Any = parameter
-    if all(isinstance(placement, Replicate) for placement in whole.placements):
-        return 0
-    rows = quantizer.axis is None or quantizer.axis % parameter.ndim != 0
-    by_rows = all(isinstance(placement, Replicate) or placement == Shard(0) for placement in whole.placements)
-    if not (rows and by_rows):
+    rows = _rows_dimension(parameter, quantizer)
+    if not all(isinstance(placement, Replicate) or placement == Shard(rows) for placement in whole.placements):
         raise ValueError(
-            f"{name!r} is sharded as {whole.placements}, which cuts its blocks. Shard it along a dimension that is not contracted."
+            f"{name!r} of shape {tuple(whole.shape)} is sharded as {whole.placements}, which cuts its blocks. Shard it along dimension "
+            f"{rows}, as in `fully_shard(layer, shard_placement_fn=lambda parameter: Shard({rows}))`."
         )
-    if quantizer.block is None or quantizer.scale_dtype == "e4m3":
-        raise ValueError(f"{name!r} is sharded, but {quantizer} needs one scale for the whole tensor. Use blocks with their own scales.")
     shape, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-    return int(offset[0]) * (parameter.numel() // parameter.shape[0]) if shape else 0
+    return int(offset[rows]) * (parameter.numel() // parameter.shape[rows]) if shape else 0
+
+
+def _rows_dimension(parameter: Tensor, quantizer: Quantizer) -> int:
+    """Return the dimension whose indices follow each other when the blocks do: the first that is not contracted."""
+    return 1 if quantizer.axis is not None and quantizer.axis % parameter.ndim == 0 and parameter.ndim > 1 else 0
 
 
 def located(quantizer: Quantizer, axis: int | None) -> Quantizer:

@@ -132,6 +132,14 @@ def compile_pays(elements: int, device: torch.device) -> bool:
     return True
 
 
+def scalar(value: float | Tensor, weight: Tensor) -> Tensor:
+    """Return a 0-dim tensor beside the weight; a number from the device is not read back."""
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    if isinstance(value, Tensor):
+        return value.detach().to(weight.device, dtype)
+    return torch.full((), float(value), dtype=dtype, device=weight.device)
+
+
 def _rows(context: Context, start: int, stop: int, length: int) -> Context:
     """Return the context of some of the rows."""
     return context._replace(

@@ -1,7 +1,7 @@
 """Stepper: what happens around one optimizer step, in order, and how it is repaired when the step fails."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from stepwell import randomness
 from stepwell.methods.base import Context
-from stepwell.run import fused, moments, onepass, passes
+from stepwell.run import fused, moments, onepass, passes, sharding
 from stepwell.run.managed import SCALE, Managed, local, wide
+from stepwell.run.passes import scalar
 from stepwell.run.phases import Phase, creates_state, overflowed
 from stepwell.schedules import value_at
 
@@ -69,20 +70,26 @@ class Stepper:
     @torch.no_grad()
     def begin_due(self) -> None:
         """Begin the method for every parameter whose start has come; a frozen one begins with the first of the others."""
-        for one in self._managed:
-            steps = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
-            if not one.begun and steps >= self._start:
-                self.begin(one)
+        last = max(self.steps.values(), default=0)
+        due = [
+            one for one in self._managed if not one.begun and (last if one.optimizer is None else self.steps[one.optimizer]) >= self._start
+        ]
+        for one in due:
+            if self._start:
+                self.prepare(one)
+            one.begun = True
+            if one.method.deploy is not None:
+                one.latent = one.weight.clone(memory_format=torch.preserve_format)
+        self.agree(due, show=False)
+        for one in due:
+            if one.latent is not None:
+                self.show(one)
 
-    @torch.no_grad()
-    def begin(self, one: Managed) -> None:
-        """Take the parameter's value as the weight to train, find its scales and deploy it."""
-        if self._start:
-            self.prepare(one)
-        one.begun = True
-        if one.method.deploy is not None:
-            one.latent = one.weight.clone(memory_format=torch.preserve_format)
-            self.show(one)
+    def agree(self, managed: Iterable[Managed], *, show: bool = True) -> None:
+        """Fit scales that span shards to the weights on all ranks, and show the weights whose scales have changed."""
+        for one in sharding.agree([(one, one.source) for one in managed]):
+            if show and one.latent is not None:
+                self.show(one)
 
     def prepare(self, one: Managed) -> None:
         """Make the method's own tensors and search scales, from the parameter's value."""
@@ -116,28 +123,6 @@ class Stepper:
     def shows(self, one: Managed) -> bool:
         """Whether the parameter's value is what its latent weight deploys to."""
         return torch.equal(self.expected(one), one.weight)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def adopt(self, one: Managed, expected: Tensor | None = None) -> None:
-        """Make the parameter's value its latent weight, and show what that deploys to.
-
-        With `expected`, what the parameter would hold had nobody written to it, an element that was left alone keeps its latent weight: a
-        clamp of a few weights is no reason to round the others. Where no weight of a block kept its value, the whole block is new.
-        """
-        weight = one.weight
-        if expected is None or one.latent is None:
-            one.latent = weight.clone(memory_format=torch.preserve_format)
-        else:
-            same = weight == expected
-            kept = one.blocks(same & (weight != 0)).any(1, keepdim=True).expand_as(one.blocks(weight))
-            blocks = torch.where(one.blocks(same) & kept, one.blocks(one.latent), one.blocks(weight))
-            one.latent = one.unblock(blocks).clone(memory_format=torch.contiguous_format)
-            if SCALE in one.tensors and not bool(kept.any()):  # not one block is the old one: these are other weights
-                self.prepare(one)
-        if not torch.equal(one.rounded().to(weight), weight):  # weights that lie on the scales held for them keep these scales
-            one.refit(one.source)
-        self.show(one)
 
     @property
     def path(self) -> str:
@@ -189,7 +174,13 @@ class Stepper:
             return
         if optimizer in self._active:  # else a skipped step, or one that only created optimizer state
             self.steps[optimizer] += 1
-            for one, _, terms, taken in self._active[optimizer]:
+            opened = self._active[optimizer]
+            moved = [(one, terms) for one, _, terms, taken in opened if not taken and self._regularizes(one)]
+            sharding.agree([(one, one.weight) for one, _ in moved])
+            for one, terms in moved:
+                self._regularize(one, terms)
+            sharding.agree([(one, one.weight) for one, *_ in opened if SCALE not in one.tensors])
+            for one, _, terms, taken in opened:
                 self._finish(one, terms, taken)
                 one.note()
             del self._active[optimizer]
@@ -231,8 +222,16 @@ class Stepper:
             self._regrade(one, count)
             if one.latent is not None:
                 one.weight.copy_(one.latent)
-            if self._push(one, count):
+            if not one.groups and self._push(one, count):
                 opened[-1] = opened[-1]._replace(pushed=moments.step_of(one))
+        self._agree_learned(opened)
+        for place, (one, _, count, _) in enumerate(opened):
+            if one.groups and self._push(one, count):
+                opened[place] = opened[place]._replace(pushed=moments.step_of(one))
+
+    def _agree_learned(self, opened: Sequence[Opened]) -> None:
+        """Agree on scales that moved with the gradient; others move with the weights, after the step."""
+        sharding.agree([(one, one.weight) for one, *_ in opened if SCALE in one.tensors])
 
     def _shown(self, optimizer: Optimizer, closure: Callable[[], Any], terms: Terms) -> Callable[[], Any]:
         """Return the closure with deployed weights inside; what it leaves behind is a step that is open."""
@@ -252,12 +251,29 @@ class Stepper:
                 self._regrade(one, count)
                 if one.latent is not None and not taken:
                     one.weight.copy_(one.latent)
+            self._agree_learned(opened)
             return result
 
         return run
 
+    def _regularizes(self, one: Managed) -> bool:
+        """Whether the method takes a step of its own after the optimizer's."""
+        return one.method.prox is not None or (one.method.push is not None and not moments.exact(one.optimizer, one.group))
+
+    def _regularize(self, one: Managed, terms: float) -> None:
+        """Take the method's own step after the optimizer's: down a penalty that no moment takes, or to the proximal point."""
+        if one.method.push is not None and not moments.exact(one.optimizer, one.group):
+            down = torch.empty_like(one.weight)
+            self._run(passes.descend, one, self._context(one, terms), [down, one.weight, moments.curvature(one)])
+            one.weight.sub_(down)
+        if one.method.prox is not None:
+            context = self._context(one, terms * moments.correction(one))
+            if moments.reads_moments(one.method):
+                context = context._replace(correction=scalar(moments.bias(one), one.weight))
+            self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
+
     def _finish(self, one: Managed, terms: float, taken: bool) -> None:
-        """Do what follows the optimizer's update of one parameter."""
+        """Search scales where that is due, and deploy what the step has made of a parameter."""
         assert one.optimizer is not None
         due = self.steps[one.optimizer] % self._refit == 0
         if taken:
@@ -266,15 +282,6 @@ class Stepper:
                 if one.latent is not None:
                     self.show(one)
             return
-        if one.method.push is not None and not moments.exact(one.optimizer, one.group):
-            down = torch.empty_like(one.weight)
-            self._run(passes.descend, one, self._context(one, terms), [down, one.weight, moments.curvature(one)])
-            one.weight.sub_(down)
-        if one.method.prox is not None:
-            context = self._context(one, terms * moments.correction(one))
-            if moments.reads_moments(one.method):
-                context = context._replace(correction=_scalar(moments.bias(one), one.weight))
-            self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
         if due:
             one.refit(one.weight)
         if one.latent is not None:
@@ -300,7 +307,7 @@ class Stepper:
         beta = float(one.group["betas"][0])
         factor, bias = (1 - beta) / beta * (-1 if undo else 1), moments.bias(one)
         numbers = (factor, passes.REACH**2 * bias, passes.REACH * float(one.group["eps"]))
-        scalars = (_scalar(number, one.weight) for number in numbers)
+        scalars = (scalar(number, one.weight) for number in numbers)
         tensors = [one.weight, moments.first(one), moments.curvature(one), moments.second(one)]
         context = self._context(one, terms * bias if moments.reads_moments(one.method) else terms)
         self._run(passes.push, one, context, tensors, *scalars)
@@ -313,13 +320,13 @@ class Stepper:
         return Context(
             quantizer=one.grid,
             step=step,
-            lr=_scalar(one.group.get("lr", 0.0), source),
-            loss_terms=_scalar(terms, source),
+            lr=scalar(one.group.get("lr", 0.0), source),
+            loss_terms=scalar(terms, source),
             fit=one.held_fit(source),
             tensors=one.tensors,
             key=torch.full((), randomness.stream(self._seed, step, one.name), dtype=torch.int64, device=source.device),
             offset=one.offset,
-            scheduled={name: _scalar(value_at(name, value, step), source) for name, value in one.method.schedules.items()},
+            scheduled={name: scalar(value_at(name, value, step), source) for name, value in one.method.schedules.items()},
         )
 
     def _show_into(self, one: Managed, into: Tensor) -> None:
@@ -340,11 +347,3 @@ class Stepper:
                 self.compiled = False
                 warnings.warn(f"torch.compile failed ({type(error).__name__}: {error}); the run goes on with the eager path.", stacklevel=2)
         self._each(work, one, context, tensors, *scalars)
-
-
-def _scalar(value: float | Tensor, weight: Tensor) -> Tensor:
-    """Return a 0-dim tensor beside the weight; a number from the device is not read back."""
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    if isinstance(value, Tensor):
-        return value.detach().to(weight.device, dtype)
-    return torch.full((), float(value), dtype=dtype, device=weight.device)

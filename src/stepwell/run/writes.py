@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepwell.run.managed import Managed
+from stepwell.run.managed import SCALE, Managed
 from stepwell.run.step import Stepper
 
 
@@ -14,10 +14,14 @@ def adopt(managed: Sequence[Managed], stepper: Stepper, *, by_value: bool) -> tu
 
     A write through `parameter.data` leaves no trace but the value: `by_value` compares that too, at the price of a rounding.
 
+    Where a scale spans shards the ranks agree on it again: at every look by value, and else where somebody has written, on all ranks.
+
     Returns:
         The names of the parameters, and how many written weights do not lie on the grid that they deploy to.
     """
     changed, rounded = [], 0
+    spanning = [one for one in managed if one.groups]
+    asked = by_value or not all(one.untouched for one in spanning)
     for one in managed:
         if one.latent is None or (one.untouched and not by_value):
             continue
@@ -25,14 +29,41 @@ def adopt(managed: Sequence[Managed], stepper: Stepper, *, by_value: bool) -> tu
         moved = one.follow()
         if not same(expected, written):
             written = written.clone()
-            stepper.adopt(one, expected)
+            take_over(one, stepper, expected)
             changed.append(one.name)
             rounded += int(((one.weight != written) & (written != expected)).sum())
         elif moved:
             stepper.show(one)
         else:
             one.note()
+    if asked:
+        stepper.agree(spanning)
+        for one in spanning:
+            one.note()
     return changed, rounded
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def take_over(one: Managed, stepper: Stepper, expected: Tensor | None = None) -> None:
+    """Make a parameter's value its latent weight, and show what that deploys to.
+
+    With `expected`, what the parameter would hold had nobody written to it, an element that was left alone keeps its latent weight: a
+    clamp of a few weights is no reason to round the others. Where no weight of a block kept its value, the whole block is new.
+    """
+    weight = one.weight
+    if expected is None or one.latent is None:
+        one.latent = weight.clone(memory_format=torch.preserve_format)
+    else:
+        same = weight == expected
+        kept = one.blocks(same & (weight != 0)).any(1, keepdim=True).expand_as(one.blocks(weight))
+        blocks = torch.where(one.blocks(same) & kept, one.blocks(one.latent), one.blocks(weight))
+        one.latent = one.unblock(blocks).clone(memory_format=torch.contiguous_format)
+        if SCALE in one.tensors and not bool(kept.any()):  # not one block is the old one: these are other weights
+            stepper.prepare(one)
+    if not torch.equal(one.rounded().to(weight), weight):  # weights that lie on the scales held for them keep these scales
+        one.refit(one.source)
+    stepper.show(one)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
