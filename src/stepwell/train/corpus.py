@@ -60,22 +60,32 @@ def load_corpus(folder: Path | None = None, *, whole: bool = False) -> Corpus:
         FileNotFoundError: fewer than ten sources there, as where the standard library lies in an archive.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else Path(folder)
+    sources = python_sources(root, whole=whole)
+    digest, parts = hashlib.sha256(), {TEST: bytearray(), VALIDATION: bytearray(), -1: bytearray()}
+    files = dict.fromkeys(parts, 0)
+    for index, path in enumerate(sources):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\n{len(content)}\n".encode() + content)
+        part = index % EVERY if index % EVERY in (TEST, VALIDATION) else -1
+        parts[part] += content
+        files[part] += 1
+    train, validation, test = (torch.frombuffer(parts[part], dtype=torch.uint8) for part in (-1, VALIDATION, TEST))
+    return Corpus(train, validation, test, (files[-1], files[VALIDATION], files[TEST]), digest.hexdigest()[:12])
+
+
+def python_sources(root: Path, *, whole: bool = False) -> list[Path]:
+    """Return the Python sources below a folder in the order of their names; `whole` as in `load_corpus`.
+
+    Raises:
+        FileNotFoundError: fewer than ten there.
+    """
     left_out = ALWAYS_OUT if whole else LEFT_OUT
     sources = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if _wanted(path.relative_to(root), left_out))
     if len(sources) < EVERY:
         raise FileNotFoundError(
             f"`folder` must hold at least {EVERY} Python sources: got {len(sources)} below {root}. Name another folder."
         )
-    digest, parts = hashlib.sha256(), {TEST: bytearray(), VALIDATION: bytearray(), -1: bytearray()}
-    files = dict.fromkeys(parts, 0)
-    for index, (name, path) in enumerate(sources):
-        content = path.read_bytes()
-        digest.update(f"{name}\n{len(content)}\n".encode() + content)
-        part = index % EVERY if index % EVERY in (TEST, VALIDATION) else -1
-        parts[part] += content
-        files[part] += 1
-    train, validation, test = (torch.frombuffer(parts[part], dtype=torch.uint8) for part in (-1, VALIDATION, TEST))
-    return Corpus(train, validation, test, (files[-1], files[VALIDATION], files[TEST]), digest.hexdigest()[:12])
+    return [path for _, path in sources]
 
 
 def sequences(text: Tensor, *, length: int, count: int) -> Tensor:
