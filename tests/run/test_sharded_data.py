@@ -140,6 +140,13 @@ def test_shard_along_the_rows_of_a_transposed_weight_is_taken(mesh):
     assert torch.equal(held_of(run, model), whole)
 
 
+def test_calibration_of_sharded_weights_is_refused(mesh):
+    model, optimizer = placed(mesh, 0)
+    run = sw.attach(model, sw.lotion(sw.int4(block=8)), optimizer)
+    with pytest.raises(RuntimeError, match=r"sharded, and a calibration needs them whole.*over all ranks"):
+        run.calibrate(lambda model, batch: model(batch).sum(), [torch.ones(1, 32)])
+
+
 def held_of(run, model):
     with run.latent():
         return model.weight.full_tensor().clone()

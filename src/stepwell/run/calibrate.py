@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from stepwell.methods.fisher import FISHER, SEEN
 from stepwell.rounding import Bracket, pick, variance
 from stepwell.run import moments
-from stepwell.run.managed import Managed, like, local, whole_tensor, wide
+from stepwell.run.managed import Managed, groups_of, like, local, whole_tensor, wide
 from stepwell.run.rounds import Watcher
 from stepwell.run.terms import LossTerms, counts
 
@@ -123,6 +123,11 @@ def measure(model: nn.Module, managed: list[Managed], loss: BatchLoss, batches: 
 def _checked(mine: list[Managed], batches: Iterable[Any], draws: int) -> list[Any]:
     if not mine:
         raise RuntimeError("no method of this run counts loss terms, so there is nothing to calibrate. `lotion(q)` and `prox(q, ..)` do.")
+    if any(groups_of(one.parameter) for one in mine):  # FSDP2 makes gradients of shards in `backward` alone, which would touch the user's
+        raise RuntimeError(
+            "the parameters are sharded, and a calibration needs them whole. Set `run.loss_terms` to the loss terms that a step averages "
+            "over all ranks, or calibrate on one process and set what it found."
+        )
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise ValueError(f"`draws` must be a whole number, 2 or more: got {draws!r}.")
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):

@@ -1,0 +1,184 @@
+"""The Hugging Face Trainer itself, on the CPU, around an attached run: the same steps as a loop by hand, and what its files hold."""
+
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+
+import stepwell as sw
+from stepwell.schedules import sigmoid
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from tests.integrations.trainer_subject import LENGTH, Q, Rows, built, trainer
+
+METHODS = {
+    "ste": lambda: sw.ste(Q),
+    "lotion": lambda: sw.lotion(Q),
+    "ste + lotion": lambda: sw.lotion(Q, forward="nearest"),
+    "learned": lambda: sw.learned(sw.parq(Q, slope=sigmoid(1, 0, steps=8))),
+}
+
+
+def latent(run, model):
+    with run.latent():
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def by_hand(parts, rows, *, bf16=False):
+    """The loop that the Trainer of `trainer_subject` is told to run: 2 epochs, 2 micro-batches of 4 rows, clipped, a falling rate."""
+    model, optimizer, run = parts
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    model.train()
+    for _ in range(2):
+        data = Rows(rows)
+        for start in range(0, rows, 8):
+            labels = data.labels[start : start + 8]
+            terms = labels[:, 1:].ne(-100).sum()
+            for k in range(start, min(start + 8, rows), 4):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = model(input_ids=data.tokens[k : k + 4], labels=data.labels[k : k + 4], num_items_in_batch=terms).loss
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            run.loss_terms = float(terms)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("method", "bf16"), [("learned", False), ("lotion", True)])
+def test_trainer_takes_the_steps_of_a_loop_by_hand(tmp_path, method, bf16):
+    """Accumulation, clipping, a schedule, an epoch whose last step has one micro-batch, padding that is not learned; bit for bit.
+
+    Loss terms are those of every step, so that an equal penalty means that they were counted right.
+    """
+    theirs, ours = built(METHODS[method]()), built(METHODS[method]())
+    made, follow = trainer(tmp_path, theirs, rows=44, bf16=bf16)
+    held, ending = [], follow.on_train_end
+
+    def remember(*args, **rest):
+        held.append(latent(theirs[2], theirs[0]))
+        ending(*args, **rest)
+
+    follow.on_train_end = remember
+    made.train()
+    by_hand(ours, 44, bf16=bf16)
+    assert same(held[0], latent(ours[2], ours[0]))
+    assert follow.encoded.keys() == ours[2].finalize().keys()
+
+
+def test_what_is_left_and_written_at_the_end_is_what_ships(tmp_path):
+    model, optimizer, run = built(METHODS["learned"]())
+    made, follow = trainer(tmp_path, (model, optimizer, run), max_steps=3)
+    made.train()
+    stored = sw.load(tmp_path / "encoded.safetensors")
+    parameters = dict(model.named_parameters())
+    for name, one in follow.encoded.items():
+        assert torch.equal(one.decode(), parameters[name])
+        assert torch.equal(one.codes, stored[name].codes)
+        assert torch.equal(one.scales, stored[name].scales)
+    with pytest.raises(RuntimeError, match="has ended"):
+        run.health()
+
+
+@pytest.mark.parametrize("method", ["learned", "lotion"])
+def test_resumed_training_equals_uninterrupted(tmp_path, method):
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    whole = built(METHODS[method]())
+    made, follow = trainer(tmp_path, whole, **settings)
+    made.train()
+    again = built(METHODS[method](), seed=9)
+    resumed, followed = trainer(tmp_path, again, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not [one for one in told if "stepwell" in str(one.filename) or "outside the run" in str(one.message)]  # others may warn
+    assert again[2].steps == 8
+    assert same(dict(whole[0].named_parameters()), dict(again[0].named_parameters()))
+    assert all(torch.equal(follow.encoded[name].scales, followed.encoded[name].scales) for name in follow.encoded)
+
+
+@pytest.mark.parametrize(("method", "most"), [("learned", False), ("lotion", True)])
+def test_best_model_is_the_one_that_was_evaluated(tmp_path, method, most):
+    """Evaluation sees deployed weights; at the end the model holds exactly those of the step with the best loss, scales included."""
+    parts = built(METHODS[method]())
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    made, follow = trainer(tmp_path, parts, max_steps=5, metric_for_best_model="eval_loss", greater_is_better=most, **settings)
+    made.train()
+    losses = {line["step"]: line["eval_loss"] for line in made.state.log_history if "eval_loss" in line}
+    best = (max if most else min)(losses, key=losses.get)
+    assert best != 5
+    assert made.state.best_global_step == best
+    stored = sw.load(tmp_path / f"checkpoint-{best}" / "encoded.safetensors")
+    assert all(torch.equal(one.codes, stored[name].codes) for name, one in follow.encoded.items())
+    parameters = dict(parts[0].named_parameters())
+    assert all(torch.equal(parameters[name], one.decode()) for name, one in stored.items())
+    assert made.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_checkpoint_holds_what_the_forward_pass_sees(tmp_path):
+    """Grid weights under STE, latent ones under LOTION; the codes that would ship lie beside both."""
+    from safetensors.torch import load_file
+
+    for method in ("ste", "lotion"):
+        parts = built(METHODS[method]())
+        folder = tmp_path / method
+        made, _ = trainer(folder, parts, max_steps=2, save_strategy="steps", save_steps=2)
+        made.train()
+        saved = load_file(folder / "checkpoint-2" / "model.safetensors")
+        beside = sw.load(folder / "checkpoint-2" / "encoded.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(saved[name], beside[name].decode()) == (method == "ste")
+        assert torch.equal(Q(saved[name]), beside[name].decode())
+
+
+def test_log_has_health_and_deployed_loss(tmp_path):
+    parts = built(METHODS["lotion"]())
+    made, _ = trainer(tmp_path, parts, max_steps=3, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3)
+    seen = []
+    evaluate = made.evaluate
+
+    def looked(*args, **rest):
+        seen.append({name: parameter.detach().clone() for name, parameter in parts[0].named_parameters()})
+        return evaluate(*args, **rest)
+
+    made.evaluate = looked
+    made.train()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(Q(seen[0][name]), seen[0][name])
+    lines = [line for line in json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"] if "loss" in line]
+    assert [line["run_clipped"] for line in lines] == [0.0] * 3
+    assert all(0 < line["run_distance"] < 0.5 for line in lines)
+    assert all(0 <= line["run_flips"] < 1 for line in lines[1:])
+    assert "run_flips" not in lines[0]  # it needs a second look
+
+
+def test_labels_are_counted_where_the_model_is_not_told(tmp_path):
+    """Trainer hands its own count to models that scale their loss by it; others get the mean over labels, padding left out."""
+    parts = built(METHODS["lotion"]())
+    made, _ = trainer(tmp_path, parts, max_steps=1)
+    made.model_accepts_loss_kwargs = False
+    made.train()
+    assert parts[2].loss_terms == Rows(8).labels.ne(-100).sum() == 8 * LENGTH - 3 * LENGTH // 4
+
+
+def test_count_can_be_left_to_the_caller(tmp_path):
+    parts = built(METHODS["lotion"]())
+    parts[2].loss_terms = 7
+    made, _ = trainer(tmp_path, parts, max_steps=1, count=False)
+    made.train()
+    assert parts[2].loss_terms == 7
+
+
+def test_missing_extra_is_named(monkeypatch):
+    from stepwell.integrations.transformers import trainer_callback
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match=r"accelerate.*stepwell\[hf\]"):
+        trainer_callback(built(METHODS["ste"]())[2])
