@@ -253,8 +253,8 @@ def test_unreadable_files_are_refused(case, tmp_path, content, error, words):
 
 def test_bad_arguments_are_refused(case, tmp_path, monkeypatch):
     model, encoded, example, path, _ = case("mlp")
-    with pytest.raises(ValueError, match=r"`path` must be an .onnx file"):
-        sw.verify(tmp_path / "m.gguf", model, example, encoded)
+    with pytest.raises(ValueError, match=r"`path` must be an .onnx file, a .gguf"):
+        sw.verify(tmp_path / "m.bin", model, example, encoded)
     with pytest.raises(ValueError, match="`example` must hold 1 tensors"):
         sw.verify(path, lambda_model(), (example[0], example[0]))
     with pytest.raises(TypeError, match="`example` must be a tuple"):

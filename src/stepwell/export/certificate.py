@@ -60,7 +60,7 @@ class Certificate:
         top1_agreement: share of rows with the same largest logit; None without classes.
         inputs: input shapes of every run.
         layers: one row per weight; none where the file holds no quantized weight and no encoded weights were given.
-        passed: weights equal and error within tolerance; never without a weight in `layers`.
+        passed: weights equal, and the error, or what known causes leave of it, within tolerance; never without a weight in `layers`.
         causes: what the error was traced to, in the order in which the causes were taken away; empty where none was looked for.
     """
 
@@ -86,6 +86,11 @@ class Certificate:
         """The relative error that no known cause accounts for: all of it where none was looked for."""
         return self.causes[-1].after if self.causes else self.max_relative_error
 
+    @property
+    def exact(self) -> bool:
+        """Whether the outputs are the model's within tolerance, so that there is nothing to explain."""
+        return self.max_relative_error <= self.tolerance
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings; numbers that are not finite become None."""
         return dict(_plain(asdict(self)))
@@ -101,12 +106,16 @@ class Certificate:
             for layer in self.layers
         ]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = [f"{self.path} in {self.runtime} {self.version}: {'passed' if self.passed else 'NOT PASSED'}"]
+        lines = [f"{self.path} in {self.runtime} {self.version}: {self._verdict()}"]
         if not self.layers:
             return "\n".join([*lines, "no quantized weight was found in the file: nothing was compared but outputs", *self._outputs()])
         for row, note in zip([head, *rows], ["", *(layer.note for layer in self.layers)], strict=True):
             lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), note]).rstrip())
         return "\n".join([*lines, *self._outputs()])
+
+    def _verdict(self) -> str:
+        """Return the certificate in two words."""
+        return "NOT PASSED" if not self.passed else "passed" if self.exact else "passed, the difference explained"
 
     def _outputs(self) -> list[str]:
         """Return the lines about outputs."""
