@@ -1,6 +1,6 @@
 """Which method trains the best network at 4, 3 and 2 bits? One model, one budget, the same data for everyone.
 
-    python benchmarks/estimators.py [--only METHOD] [--bits 4 3 2] [--tables]
+    python benchmarks/estimators.py [--only METHOD] [--bits 4.5 4 3 2] [--sweep] [--tables]
 
 Protocol: `estimating/lab.py` says what is trained, `estimating/methods.py` and `peers.py` how. Every method gets three learning rates,
 tried at 3 bits on the validation part of the corpus with the data of seed 0, and is reported at all widths on the test part with three
@@ -20,12 +20,11 @@ from collections.abc import Iterator
 
 import torch
 from estimating.lab import ROOT, Lab
-from estimating.methods import FLOAT, TAUGHT, Arm, arms
+from estimating.methods import ALL, FLOAT_BITS, Arm, arms
 from estimating.peers import peers
-from estimating.runs import FLOAT_BITS, RESULTS, SEEDS, Run, Table, fill, made
+from estimating.runs import RESULTS, SEEDS, Run, Table, fill, made
 from estimating.summary import document, figure, summarise, write
 
-BITS = (4, 3, 2)
 SWEPT = (1.1e-3, 2.2e-3, 4.4e-3)
 PEERS_AFTER = "default"  # the row that peers follow, so that the most important come first
 
@@ -38,7 +37,7 @@ def ordered() -> dict[str, Arm]:
     return {name: (own | others)[name] for name in [*names[:place], *others, *names[place:]]}
 
 
-def sweep(lab: Lab, name: str, arm: Arm, bits: int) -> Iterator[Run]:
+def sweep(lab: Lab, name: str, arm: Arm, bits: float) -> Iterator[Run]:
     """Make a method's runs over a fourfold range of learning rates."""
     table = Table(RESULTS / "estimators_rates.csv")
     there = {run.key for run in table.runs}
@@ -51,7 +50,7 @@ def sweep(lab: Lab, name: str, arm: Arm, bits: int) -> Iterator[Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="methods; else all")
-    parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
+    parser.add_argument("--bits", nargs="+", type=float, choices=ALL, default=list(ALL), help="widths; 4.5 is NVFP4")
     parser.add_argument("--tables", action="store_true", help="run nothing, summarise")
     parser.add_argument("--sweep", action="store_true", help="over learning rates, instead of the comparison")
     options = parser.parse_args()
@@ -61,16 +60,20 @@ def main() -> None:
     if unknown:
         parser.error(f"--only must name methods: got {unknown}. There are: {', '.join(everyone)}")
     for name in () if options.tables else options.only or everyone:
-        for bits in (FLOAT_BITS,) if name in (FLOAT, TAUGHT) else options.bits:
+        for bits in everyone[name].widths:
+            if bits not in (FLOAT_BITS, *options.bits):
+                continue
             runs = sweep(lab, name, everyone[name], bits) if options.sweep else fill(table, lab, name, everyone[name], bits)
             for run in runs:
-                print(f"{name:<26} {bits:>2} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
+                print(f"{name:<26} {bits:>3} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
     if options.sweep:
         return
-    rows = summarise(Table(RESULTS / "estimators.csv"), everyone, BITS)
+    rows = summarise(table, everyone)
     write(rows, RESULTS / "estimators_table.csv")
     figure(rows, RESULTS / "estimators.svg")
     document(rows, ROOT / "docs" / "methods.md")
+    hours = sum(run.seconds for run in table.runs) / 3600
+    print(f"{len(table.runs)} runs, {hours:.2f} hours of one core")
 
 
 if __name__ == "__main__":

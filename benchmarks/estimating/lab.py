@@ -6,9 +6,10 @@ of the blocks; embeddings, positions and the head stay in float.
 """
 
 import copy
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,26 +37,57 @@ class Student(NamedTuple):
     seed: int
 
 
-class Lab:
-    """The corpus and the base, made once and then read from out/."""
+def adamw(model: nn.Module, rate: float) -> Optimizer:
+    """Return the optimizer that everybody uses."""
+    return AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
 
-    def __init__(self, folder: Path = ROOT / "out" / "estimators") -> None:
-        self.folder = folder
+
+class Base(NamedTuple):
+    """What a base is: its network before training, its text, its optimizer, and the steps in which the first rate is reached."""
+
+    name: str = "ours"
+    build: Callable[[], nn.Module] = partial(byte_transformer, length=LENGTH, seed=0)
+    whole: bool = True
+    optimizer: Callable[[nn.Module, float], Optimizer] = adamw
+    warmup: int = 0
+
+
+OURS = Base()
+
+
+class Lab:
+    """The corpus and the base, made once and then read from out/.
+
+    Attributes:
+        block: of the grids.
+        skip: layers that stay in float.
+        steps: of a run.
+        terms: loss terms averaged per step.
+    """
+
+    block: int | Literal["channel"] = BLOCK
+    skip, steps, terms = SKIP, STEPS, TERMS
+
+    def __init__(self, kind: Base = OURS, folder: Path = ROOT / "out" / "estimators") -> None:
+        self.kind = kind
+        self.folder = folder if kind.name == OURS.name else folder / kind.name
         self._teachers: dict[int, nn.Module] = {}
 
     @cached_property
     def corpus(self) -> Corpus:
         """The whole standard library, its tests included."""
-        return load_corpus(whole=True)
+        return load_corpus(whole=self.kind.whole)
 
     @cached_property
     def base(self) -> dict[str, dict[str, object]]:
         """State of the model and of its optimizer after training in full precision."""
         path = self.folder / f"base-{self.corpus.digest}.pt"
         if not path.exists():
-            model = byte_transformer(length=LENGTH, seed=0)
-            optimizer = adamw(model, PEAK)
-            for batch in self.batches(BASE_STEPS, BASE_SEED):
+            model = self.kind.build()
+            optimizer = self.kind.optimizer(model, PEAK)
+            for done, batch in enumerate(self.batches(BASE_STEPS, BASE_SEED)):
+                for group in optimizer.param_groups:
+                    group["lr"] = PEAK * min(1.0, (done + 1) / max(1, self.kind.warmup))
                 step(model, optimizer, batch, plain)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
@@ -72,14 +104,14 @@ class Lab:
 
     def model(self) -> nn.Module:
         """Return the base."""
-        model = byte_transformer(length=LENGTH, seed=0)
+        model = self.kind.build()
         model.load_state_dict(self.base["model"])
         return model
 
     def student(self, rate: float, seed: int) -> Student:
         """Return the base with its optimizer's state, ready to be trained further."""
         model = self.model()
-        optimizer = adamw(model, rate)
+        optimizer = self.kind.optimizer(model, rate)
         optimizer.load_state_dict(copy.deepcopy(self.base["optimizer"]))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -88,9 +120,9 @@ class Lab:
     def train(self, student: Student, loss: Loss = plain, optimizer: Optimizer | None = None) -> None:
         """Take the 250 steps, by another optimizer where one wraps the student's; a group with a "peak" has a rate of its own."""
         taken = student.optimizer if optimizer is None else optimizer
-        for done, batch in enumerate(self.batches(STEPS, student.seed)):
+        for done, batch in enumerate(self.batches(self.steps, student.seed)):
             for group in taken.param_groups:
-                group["lr"] = group.get("peak", student.rate) * (1 - done / STEPS)
+                group["lr"] = group.get("peak", student.rate) * (1 - done / self.steps)
             step(student.model, taken, batch, loss)
 
     def teacher(self, seed: int) -> nn.Module:
@@ -110,11 +142,6 @@ class Lab:
         """Return nats per byte of a model as it is."""
         with torch.no_grad():
             return float(byte_losses(model, self.held_out(split)).mean())
-
-
-def adamw(model: nn.Module, rate: float) -> AdamW:
-    """Return the optimizer that everybody uses."""
-    return AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def step(model: nn.Module, optimizer: Optimizer, batch: Tensor, loss: Loss) -> None:

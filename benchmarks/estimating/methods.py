@@ -3,17 +3,19 @@
 Every arm is a function of the lab, the bits, the learning rate and the seed of the data, which returns the model with its weights on the
 grid. Where an arm trains weights besides those (latent ones), it returns them too, so that randomized rounding can be measured.
 LOTION's forms, which take randomized rounding for unbiased, run on "sym": "full" saturates at the end that its scale does not reach.
-Grids: "sym" is -q..q, "full" has all 2^b codes and signed scales, "mid" half-odd codes; "all codes" is mid at 2 bits and full above.
+Grids: "sym" is -q..q, "full" has all 2^b codes and signed scales, "mid" half-odd codes; "all codes" is mid at 2 bits and full above. NVFP4
+(4.5 bits: blocks of 16, scales in eight-bit floats) takes the place of all of them at its own width.
 """
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 import stepwell as sw
-from estimating.lab import BLOCK, SKIP, STEPS, TERMS, Lab
+from estimating.lab import Lab
 from stepwell.methods.base import Method
 from stepwell.methods.binary_relax import binary_relax
 from stepwell.methods.cage import cage
@@ -25,12 +27,14 @@ from stepwell.methods.parq import parq
 from stepwell.methods.prox import prox
 from stepwell.methods.sampled import sampled
 from stepwell.methods.soft import soft
-from stepwell.schedules import exponential, linear, sigmoid
+from stepwell.schedules import Schedule, exponential, linear, sigmoid
 from stepwell.train.quantize import all_codes
 
 CALIBRATION, CALIBRATION_SEED = 48, 7000  # batches for GPTQ
 RATES = (1.5e-3, 2.2e-3, 3.2e-3)
 HIGHER = (2.2e-3, 3.2e-3, 4.7e-3)  # as many tries around the larger rates that methods without a rounded forward pass like
+INTEGERS, NVFP4, FLOAT_BITS = (4, 3, 2), 4.5, 32  # widths: bits per weight, NVFP4's with its scales
+ALL = (*INTEGERS, NVFP4)
 FREE = 0.8  # share of the run in which annealed methods come to the grid
 FLOAT = "full precision"
 TAUGHT = "full precision, teacher"
@@ -44,7 +48,7 @@ class Finished(NamedTuple):
     encoded: Mapping[str, sw.Encoded] | None = None
 
 
-Start = Callable[[Lab, int, float, int], Finished]
+Start = Callable[[Lab, float, float, int], Finished]
 
 
 class Arm(NamedTuple):
@@ -54,8 +58,10 @@ class Arm(NamedTuple):
         kind: "control" has no grid, "ours" is what the library recommends, "peer" another library, "method" everything else.
         grid: which codes, in words.
         start: trains it.
-        rates: learning rates that are tried; one where nothing is trained.
+        rates: learning rates that are tried; none where nothing is trained.
         teacher: whether a full-precision model is its teacher, so that it is held against the control that has one too.
+        widths: at which it can be run.
+        tried_at: the width at which its rate is chosen, for all of them.
     """
 
     kind: Literal["control", "rounded", "ours", "method", "peer"]
@@ -63,16 +69,21 @@ class Arm(NamedTuple):
     start: Start
     rates: tuple[float, ...] = RATES
     teacher: bool = False
+    widths: tuple[float, ...] = INTEGERS
+    tried_at: float = 3
 
 
-def grid(bits: int, codes: str) -> sw.Quantizer:
-    """Return the grid of an arm: "sym", "full", "mid" or "all codes"."""
+def grid(lab: Lab, bits: float, codes: str) -> sw.Quantizer:
+    """Return the grid of an arm: "sym", "full", "mid" or "all codes"; NVFP4 at its width."""
+    if bits == NVFP4:
+        return sw.nvfp4()
+    bits = int(bits)
     if codes == "all codes":
-        return all_codes(sw.intn(bits, block=BLOCK))
-    return sw.intn(bits, block=BLOCK, levels={"sym": "symmetric", "full": "full", "mid": "mid"}[codes])
+        return all_codes(sw.intn(bits, block=lab.block))
+    return sw.intn(bits, block=lab.block, levels={"sym": "symmetric", "full": "full", "mid": "mid"}[codes])
 
 
-def in_float(lab: Lab, bits: int, rate: float, seed: int, *, taught: bool = False) -> Finished:
+def in_float(lab: Lab, bits: float, rate: float, seed: int, *, taught: bool = False) -> Finished:
     """Train on in full precision."""
     student = lab.student(rate, seed)
     lab.train(student, distillation(lab.teacher(seed)) if taught else plain)
@@ -82,12 +93,11 @@ def in_float(lab: Lab, bits: int, rate: float, seed: int, *, taught: bool = Fals
 def rounded(codes: str, rule: Literal["absmax", "mse"]) -> Start:
     """Return the start of an arm that trains in full precision and then rounds to nearest."""
 
-    def start(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+    def start(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
         model = copy.deepcopy(lab.teacher(seed))
-        base = grid(bits, codes)
-        q = sw.Quantizer(base.format, block=BLOCK, rule=rule)
+        q = replace(grid(lab, bits, codes), rule=rule)
         latents = {name: value.detach().clone() for name, value in model.named_parameters()}
-        return Finished(model, latents, sw.ptq.rtn(model, q, skip=SKIP))
+        return Finished(model, latents, sw.ptq.rtn(model, q, skip=lab.skip))
 
     return start
 
@@ -95,34 +105,35 @@ def rounded(codes: str, rule: Literal["absmax", "mse"]) -> Start:
 def calibrated(codes: str) -> Start:
     """Return the start of an arm that trains in full precision and then rounds by GPTQ, at searched scales."""
 
-    def start(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+    def start(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
         model = copy.deepcopy(lab.teacher(seed))
-        q = sw.Quantizer(grid(bits, codes).format, block=BLOCK, rule="mse")
+        q = replace(grid(lab, bits, codes), rule="mse")
         batches = [batch[:, :-1] for batch in lab.batches(CALIBRATION, CALIBRATION_SEED)]
-        sw.ptq.gptq(model, q, [(batch,) for batch in batches], skip=SKIP)
+        sw.ptq.gptq(model, q, [(batch,) for batch in batches], skip=lab.skip)
         return Finished(model)
 
     return start
 
 
-def ours(codes: str, made: Callable[[sw.Quantizer], Method]) -> Start:
+def ours(codes: str, made: Callable[[sw.Quantizer, Lab], Method]) -> Start:
     """Return the start of an arm that one of the library's methods trains."""
 
-    def start(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+    def start(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
         student = lab.student(rate, seed)
-        run = sw.attach(student.model, made(grid(bits, codes)), student.optimizer, skip=SKIP, seed=seed)
+        run = sw.attach(student.model, made(grid(lab, bits, codes), lab), student.optimizer, skip=lab.skip, seed=seed)
         lab.train(student)
         return ended(student.model, run)
 
     return start
 
 
-def default(lab: Lab, bits: int, rate: float, seed: int, *, taught: bool = False) -> Finished:
+def default(lab: Lab, bits: float, rate: float, seed: int, *, taught: bool = False) -> Finished:
     """Train with `quantize_training`, as a user would call it."""
     student = lab.student(rate, seed)
     teacher = lab.teacher(seed) if taught else None
-    q = sw.intn(bits, block=BLOCK)
-    run = sw.quantize_training(student.model, student.optimizer, q, steps=STEPS, loss_terms=TERMS, teacher=teacher, skip=SKIP, seed=seed)
+    q = sw.nvfp4() if bits == NVFP4 else sw.intn(int(bits), block=lab.block)
+    options = {"steps": lab.steps, "loss_terms": lab.terms, "skip": lab.skip, "seed": seed}
+    run = sw.quantize_training(student.model, student.optimizer, q, teacher=teacher, **options)
     lab.train(student, run.loss)
     return ended(student.model, run)
 
@@ -139,31 +150,50 @@ def taught(start: Callable[..., Finished]) -> Start:
     return lambda lab, bits, rate, seed: start(lab, bits, rate, seed, taught=True)
 
 
+def whole(lab: Lab) -> int:
+    """Return the steps after which annealed methods are on the grid."""
+    return round(FREE * lab.steps)
+
+
+def last(lab: Lab) -> Schedule:
+    """Return CAGE's pull: over the last tenth of the run, from nothing to ten."""
+    return linear(0, 10, steps=lab.steps // 10, begin=lab.steps - lab.steps // 10)
+
+
+def growth(lab: Lab) -> Schedule:
+    """Return how strong a proximal step is: from a tenth of theory's unit to a thousand of them."""
+    return exponential(0.1, 1000, steps=lab.steps)
+
+
 def arms() -> dict[str, Arm]:
     """Return all arms but the peers, by name."""
-    annealed = {"steps": round(FREE * STEPS)}
-    pull, growth = linear(0, 10, steps=STEPS // 10, begin=STEPS - STEPS // 10), exponential(0.1, 1000, steps=STEPS)
+    lotion = ours("sym", lambda q, lab: sw.lotion(q, loss_terms=lab.terms))
+    both = {codes: ours(codes, lambda q, lab: sw.lotion(q, loss_terms=lab.terms, forward="nearest")) for codes in ("sym", "full")}
     return {
-        FLOAT: Arm("control", "none", in_float),
-        "rtn, absmax": Arm("rounded", "sym", rounded("sym", "absmax"), rates=()),
-        "rtn, searched scales": Arm("rounded", "all codes", rounded("all codes", "mse"), rates=()),
+        FLOAT: Arm("control", "none", in_float, widths=(FLOAT_BITS,), tried_at=FLOAT_BITS),
+        "rtn, absmax": Arm("rounded", "sym", rounded("sym", "absmax"), rates=(), widths=ALL),
+        "rtn, searched scales": Arm("rounded", "all codes", rounded("all codes", "mse"), rates=(), widths=ALL),
         "gptq, searched scales": Arm("rounded", "full", calibrated("full"), rates=()),
-        "default": Arm("ours", "all codes", default),
-        "lsq, all codes": Arm("method", "all codes", ours("all codes", lsq)),
-        "ste, full": Arm("method", "full", ours("full", sw.ste)),
-        "lsq": Arm("method", "sym", ours("sym", lsq)),
-        "ste": Arm("method", "sym", ours("sym", sw.ste)),
-        TAUGHT: Arm("control", "none", taught(in_float), teacher=True),
-        "default, teacher": Arm("ours", "all codes", taught(default), teacher=True),
-        "lotion": Arm("method", "sym", ours("sym", lambda q: sw.lotion(q, loss_terms=TERMS)), rates=HIGHER),
-        "ste + lotion": Arm("method", "sym", ours("sym", lambda q: sw.lotion(q, loss_terms=TERMS, forward="nearest"))),
-        "ste + lotion, full": Arm("method", "full", ours("full", lambda q: sw.lotion(q, loss_terms=TERMS, forward="nearest"))),
-        "ste + prox": Arm("method", "sym", ours("sym", lambda q: prox(q, strength=growth, loss_terms=TERMS, forward="nearest"))),
-        "prox": Arm("method", "sym", ours("sym", lambda q: prox(q, strength=growth, loss_terms=TERMS)), rates=HIGHER),
-        "parq": Arm("method", "mid", ours("mid", lambda q: held(parq(q, slope=sigmoid(1, 0, **annealed))))),
-        "sampled": Arm("method", "sym", ours("sym", sampled)),
-        "coupled": Arm("method", "sym", ours("sym", lambda q: coupled(q, loss_terms=TERMS)), rates=HIGHER),
-        "binary relax": Arm("method", "full", ours("full", lambda q: binary_relax(q, share=linear(0, 1, **annealed)))),
-        "cage": Arm("method", "full", ours("full", lambda q: cage(q, pull=pull))),
-        "soft": Arm("method", "full", ours("full", lambda q: soft(q, temperature=exponential(0.5, 0.005, **annealed)))),
+        "default": Arm("ours", "all codes", default, widths=ALL),
+        "lsq, all codes": Arm("method", "all codes", ours("all codes", lambda q, lab: lsq(q))),
+        "ste, full": Arm("method", "full", ours("full", lambda q, lab: sw.ste(q))),
+        "lsq": Arm("method", "sym", ours("sym", lambda q, lab: lsq(q))),
+        "ste": Arm("method", "sym", ours("sym", lambda q, lab: sw.ste(q)), widths=ALL),
+        TAUGHT: Arm("control", "none", taught(in_float), HIGHER, teacher=True, widths=(FLOAT_BITS,), tried_at=FLOAT_BITS),
+        "default, teacher": Arm("ours", "all codes", taught(default), rates=HIGHER, teacher=True),
+        "lotion": Arm("method", "sym", lotion, rates=HIGHER, widths=ALL),
+        "ste + lotion": Arm("method", "sym", both["sym"]),
+        "ste + lotion, full": Arm("method", "full", both["full"]),
+        "ste + prox": Arm(
+            "method", "sym", ours("sym", lambda q, lab: prox(q, strength=growth(lab), loss_terms=lab.terms, forward="nearest"))
+        ),
+        "prox": Arm(
+            "method", "sym", ours("sym", lambda q, lab: prox(q, strength=growth(lab), loss_terms=lab.terms)), rates=HIGHER, widths=ALL
+        ),
+        "parq": Arm("method", "mid", ours("mid", lambda q, lab: held(parq(q, slope=sigmoid(1, 0, steps=whole(lab)))))),
+        "sampled": Arm("method", "sym", ours("sym", lambda q, lab: sampled(q))),
+        "coupled": Arm("method", "sym", ours("sym", lambda q, lab: coupled(q, loss_terms=lab.terms)), rates=HIGHER),
+        "binary relax": Arm("method", "full", ours("full", lambda q, lab: binary_relax(q, share=linear(0, 1, steps=whole(lab))))),
+        "cage": Arm("method", "full", ours("full", lambda q, lab: cage(q, pull=last(lab)))),
+        "soft": Arm("method", "full", ours("full", lambda q, lab: soft(q, temperature=exponential(0.5, 0.005, steps=whole(lab))))),
     }

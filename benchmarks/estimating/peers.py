@@ -1,11 +1,13 @@
 """Peers: other libraries' training on the same weights, from the same state, with the same batches. Running it does nothing.
 
 Each is set up as its documentation says and given the optimizer, the rates and the tries that every method gets. A library that is not
-installed is left out, with a message. Blocks of 64 along the input everywhere.
+installed is left out, with a message. Blocks of 64 along the input everywhere. "Untuned" is what a reader of its documentation would run:
+AdamW at its own rate.
 """
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +15,33 @@ from torch import Tensor, nn
 from estimating.lab import BLOCK, SKIP, Lab
 from estimating.methods import Arm, Finished
 
-PERIOD, STEEPNESS, CENTRE, BEGIN, END = 10, 10.0, 0.5, 1, 240  # of PARQ: its own defaults, and the run's first and almost last step
+USUAL = (1e-3,)  # none of them documents a rate for AdamW; this is the optimizer's own
+PERIOD, STEEPNESS, CENTRE, BEGIN = 10, 10.0, 0.5, 1  # of PARQ: its own defaults; it anneals from the first step to its last but ten
 SCALE_SHARE = 1 / 3  # Brevitas' learned scales: their rate over the weights', the best of those that its table had
 
 
 def peers() -> dict[str, Arm]:
     """Return the arms of other libraries that are installed; the others are named on the way."""
     found: dict[str, Arm] = {}
-    for module, arms in (
-        ("torchao", {"torchao parq": Arm("peer", "mid", torchao_parq), "torchao qat": Arm("peer", "full, scales > 0", torchao_qat)}),
-        ("brevitas", {"brevitas, learned scales": Arm("peer", "sym", brevitas)}),
+    for module, name, arm in (
+        ("torchao", "torchao parq", Arm("peer", "mid", torchao_parq)),
+        ("torchao", "torchao qat", Arm("peer", "full, scales > 0", torchao_qat)),
+        ("brevitas", "brevitas, learned scales", Arm("peer", "sym", brevitas)),
+        ("optimum.quanto", "quanto", Arm("peer", "affine", quanto, widths=(4, 2), tried_at=4)),
     ):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            print(f"left out: {', '.join(arms)} ({error})")
+            print(f"left out: {name} ({error})", file=sys.stderr)
             continue
-        found |= arms
+        found[name] = arm
+        found[f"{name}, untuned"] = arm._replace(rates=USUAL)
     return found
 
 
-def inner(model: nn.Module) -> dict[str, nn.Linear]:
+def inner(model: nn.Module, skip: Sequence[str] = SKIP) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that are quantized."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in SKIP}
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d) and name not in skip}
 
 
 def replaced(model: nn.Module, made: Callable[[nn.Linear], nn.Linear]) -> None:
@@ -47,22 +53,23 @@ def replaced(model: nn.Module, made: Callable[[nn.Linear], nn.Linear]) -> None:
         setattr(model.get_submodule(parent), own, other)
 
 
-def torchao_parq(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+def torchao_parq(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
     """Train with torchao's PARQ: `QuantOptimizer` around AdamW, uniform grid of 2^bits levels without zero, scales from mean magnitudes."""
     from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
     from torchao.prototype.parq.quant import UnifQuantizer
 
     student = lab.student(rate, seed)
-    weights = [layer.weight for layer in inner(student.model).values()]
+    weights = [layer.weight for layer in inner(student.model, lab.skip).values()]
     chosen = {id(weight) for weight in weights}
     group = student.optimizer.param_groups[0]
     group["params"] = [one for one in group["params"] if id(one) not in chosen]
     settings = {name: value for name, value in group.items() if name != "params"}
-    student.optimizer.add_param_group({**settings, "params": weights, "quant_bits": bits, "quant_block_size": BLOCK})
+    block = {} if lab.block == "channel" else {"quant_block_size": lab.block}
+    student.optimizer.add_param_group({**settings, "params": weights, "quant_bits": int(bits), **block})
     around = QuantOptimizer(
         student.optimizer,
         UnifQuantizer(),
-        ProxPARQ(anneal_start=BEGIN, anneal_end=END, steepness=STEEPNESS, anneal_center=CENTRE),
+        ProxPARQ(anneal_start=BEGIN, anneal_end=lab.steps - PERIOD, steepness=STEEPNESS, anneal_center=CENTRE),
         warmup_steps=1,  # none refuses an optimizer that has a state
         quant_period=PERIOD,
         quant_per_channel=True,
@@ -71,18 +78,18 @@ def torchao_parq(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
     return Finished(student.model)  # the model holds what the last map gave, which rounds
 
 
-def torchao_qat(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+def torchao_qat(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
     """Train with torchao's fake quantization of weights: straight-through, absmax scales, codes -2^(b-1) to 2^(b-1) - 1."""
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
-    config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), group_size=BLOCK)
+    config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits:g}"), group_size=BLOCK)
     student = lab.student(rate, seed)
     replaced(student.model, lambda old: FakeQuantizedLinear.from_linear(old, weight_config=config))
     lab.train(student)
     return folded(student.model, lambda layer: layer.weight_fake_quantizer(layer.weight))
 
 
-def brevitas(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
+def brevitas(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
     """Train with Brevitas: one learned scale per block, which starts from a search."""
     from brevitas import nn as quantized
     from brevitas.inject.enum import ScalingImplType, ScalingPerOutputType
@@ -94,7 +101,7 @@ def brevitas(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
         scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
         scaling_per_output_type = ScalingPerOutputType.GROUP
         group_size = BLOCK
-        bit_width = bits
+        bit_width = int(bits)
 
     student = lab.student(rate, seed)
     replaced(student.model, lambda old: quantized.QuantLinear(old.in_features, old.out_features, bias=True, weight_quant=Learned))
@@ -107,6 +114,18 @@ def brevitas(lab: Lab, bits: int, rate: float, seed: int) -> Finished:
     student.optimizer.add_param_group({"params": scales, "weight_decay": 0.0, "lr": SCALE_SHARE * rate, "peak": SCALE_SHARE * rate})
     lab.train(student)
     return folded(student.model, lambda layer: layer.quant_weight().value)
+
+
+def quanto(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
+    """Train with quanto's dynamic quantization of weights: straight-through, scales and shifts from the least and the largest weight."""
+    from optimum.quanto import qint2, qint4, quantize
+
+    student = lab.student(rate, seed)
+    quantize(student.model, weights={4: qint4, 2: qint2}[int(bits)], exclude=list(SKIP))
+    for layer in inner(student.model).values():
+        layer.weight_group_size = BLOCK if layer.in_features > BLOCK else None  # its own choice is 128, or the whole row
+    lab.train(student)
+    return folded(student.model, lambda layer: layer.qweight.dequantize())
 
 
 def folded(model: nn.Module, rounded: Callable[[nn.Module], Tensor]) -> Finished:

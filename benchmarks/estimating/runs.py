@@ -1,13 +1,13 @@
 """Runs: the table of single runs, which grows row by row so that a stopped comparison goes on where it was. Running it does nothing.
 
-A learning rate is chosen once per method, at 3 bits, on the validation part with the data of seed 0; what is reported at every width are
-the test losses of other seeds.
+A learning rate is chosen once per method, at 3 bits (where there are none, at 4), on the validation part with the data of seed 0; what is
+reported at every width are the test losses of other seeds.
 """
 
 import csv
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,7 @@ from estimating.lab import BLOCK, ROOT, SKIP, Lab
 from estimating.methods import Arm, Finished
 
 RESULTS = ROOT / "benchmarks" / "results"
-CHOOSING_SEED, CHOOSING_BITS, SEEDS, DRAWS = 0, 3, (1, 2, 3), 3
-FLOAT_BITS = 32  # what tables call full precision
+CHOOSING_SEED, SEEDS, DRAWS = 0, (1, 2, 3), 3
 
 
 class Run(NamedTuple):
@@ -31,7 +30,7 @@ class Run(NamedTuple):
     """
 
     method: str
-    bits: int
+    bits: float
     rate: float
     seed: int
     split: str
@@ -68,43 +67,43 @@ class Table:
                 writer.writerow(Run._fields)
             writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in run])
 
-    def of(self, method: str, bits: int, split: str) -> list[Run]:
+    def of(self, method: str, bits: float, split: str) -> list[Run]:
         """Return the runs of a method at a width, by rate and seed."""
         found = [run for run in self.runs if (run.method, run.bits, run.split) == (method, bits, split)]
         return sorted(found, key=lambda run: (run.rate, run.seed))
 
-    def chosen(self, method: str, bits: int, rates: Sequence[float]) -> float | None:
-        """Return the rate with the least validation loss, a diverged run counting as infinite; None before all were tried."""
-        tried = {run.rate: run.rtn for run in self.of(method, choosing(bits), "validation") if run.seed == CHOOSING_SEED}
-        if any(rate not in tried for rate in rates):
-            return None
-        return min(rates, key=lambda rate: math.inf if math.isnan(tried[rate]) else tried[rate])
+    def chosen(self, method: str, arm: Arm) -> float | None:
+        """Return the rate with the least validation loss, a diverged run counting as infinite; None before all were tried.
 
-    def reported(self, method: str, bits: int, rates: Sequence[float]) -> list[Run]:
+        Where there is only one it needs no try, where there is none it is 0.
+        """
+        if len(arm.rates) < 2:
+            return arm.rates[0] if arm.rates else 0.0
+        tried = {run.rate: run.rtn for run in self.of(method, arm.tried_at, "validation") if run.seed == CHOOSING_SEED}
+        if any(rate not in tried for rate in arm.rates):
+            return None
+        return min(arm.rates, key=lambda rate: math.inf if math.isnan(tried[rate]) else tried[rate])
+
+    def reported(self, method: str, bits: float, arm: Arm) -> list[Run]:
         """Return the test runs at the chosen rate, one per seed."""
-        rate = self.chosen(method, bits, rates) if rates else 0.0
+        rate = self.chosen(method, arm)
         return [run for run in self.of(method, bits, "test") if run.rate == rate]
 
 
-def fill(table: Table, lab: Lab, name: str, arm: Arm, bits: int) -> Iterable[Run]:
+def fill(table: Table, lab: Lab, name: str, arm: Arm, bits: float) -> Iterable[Run]:
     """Make the runs of an arm at a width that are not there, one at a time: first those that choose the rate."""
     there = {run.key for run in table.runs}
-    for rate in arm.rates:
-        if (name, choosing(bits), rate, CHOOSING_SEED, "validation") not in there:
-            yield made(table, lab, (name, choosing(bits), rate, CHOOSING_SEED, "validation"), arm)
-    best = table.chosen(name, bits, arm.rates) if arm.rates else 0.0
+    for rate in arm.rates if len(arm.rates) > 1 else ():
+        if (name, arm.tried_at, rate, CHOOSING_SEED, "validation") not in there:
+            yield made(table, lab, (name, arm.tried_at, rate, CHOOSING_SEED, "validation"), arm)
+    best = table.chosen(name, arm)
     assert best is not None
     for seed in SEEDS:
         if (name, bits, best, seed, "test") not in there:
             yield made(table, lab, (name, bits, best, seed, "test"), arm)
 
 
-def choosing(bits: int) -> int:
-    """Return the width at which the rate for a width is chosen."""
-    return bits if bits == FLOAT_BITS else CHOOSING_BITS
-
-
-def made(table: Table, lab: Lab, key: tuple[str, int, float, int, str], arm: Arm) -> Run:
+def made(table: Table, lab: Lab, key: tuple[str, float, float, int, str], arm: Arm) -> Run:
     """Train, measure and enter one run."""
     name, bits, rate, seed, split = key
     begin = time.process_time()

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
-from estimating.methods import FLOAT, TAUGHT, Arm
-from estimating.runs import FLOAT_BITS, SEEDS, Run, Table
+from estimating.methods import ALL, FLOAT, FLOAT_BITS, NVFP4, TAUGHT, Arm
+from estimating.runs import SEEDS, Run, Table
 
 ROUNDED, DEFAULT = "rtn, absmax", "default"
 
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     method: str
     kind: str
     grid: str
-    bits: int
+    bits: float
     rate: float
     seeds: int
     loss: float
@@ -52,16 +52,18 @@ class Row(NamedTuple):
     seconds: float
 
 
-def summarise(table: Table, everyone: Mapping[str, Arm], widths: Sequence[int]) -> list[Row]:
+def summarise(table: Table, everyone: Mapping[str, Arm]) -> list[Row]:
     """Return the rows of every method whose reported runs are there, by width and then in the order of the arms."""
     rows = []
-    for bits in (FLOAT_BITS, *widths):
+    for bits in (FLOAT_BITS, *ALL):
         for name, arm in everyone.items():
-            runs = table.reported(name, bits, arm.rates)
-            control = table.reported(TAUGHT if arm.teacher else FLOAT, FLOAT_BITS, everyone[FLOAT].rates)
+            runs = table.reported(name, bits, arm)
+            against = TAUGHT if arm.teacher else FLOAT
+            control = table.reported(against, FLOAT_BITS, everyone[against])
             if len(runs) < 2 or not _paired(runs, control):
                 continue
-            rows.append(_row(name, arm, runs, (control, *(table.reported(one, bits, everyone[one].rates) for one in (ROUNDED, DEFAULT)))))
+            rounded, default = (table.reported(one, bits, everyone[one]) for one in (ROUNDED, DEFAULT))
+            rows.append(_row(name, arm, runs, (control, rounded, default)))
     return rows
 
 
@@ -77,7 +79,12 @@ def write(rows: Sequence[Row], path: Path) -> None:
             f"{a:.4f} ± {b:.4f}" for a, b in ((row.residual, row.residual_interval), (row.over_default, row.over_default_interval))
         )
         numbers = f"{row.rate:>7.2g} {row.loss:>8.4f} {residual:>16} {row.share:>7.1%} {over:>17} {row.rr:>8.4f}"
-        print(f"{row.bits:>4} {row.method:<26} {row.grid:<18} {numbers}")
+        print(f"{row.bits:>4g} {row.method:<26} {row.grid:<18} {numbers}")
+
+
+def titled(bits: float) -> str:
+    """Return what a width is called."""
+    return "NVFP4" if bits == NVFP4 else f"INT{bits:g}"
 
 
 def document(rows: Sequence[Row], path: Path) -> None:
@@ -86,7 +93,7 @@ def document(rows: Sequence[Row], path: Path) -> None:
     for bits in sorted({row.bits for row in rows if row.kind != "control"}, reverse=True):
         shown = sorted((row for row in rows if row.bits == bits), key=lambda row: (row.method.endswith("teacher"), row.residual))
         lines = [
-            f"**INT{bits}**",
+            f"**{titled(bits)}**",
             "",
             "| method | codes | rate | above full precision | gap closed | above the default | RR above full precision |",
             "|---|---|---|---|---|---|---|",
@@ -134,7 +141,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         axis.set_yticks(range(len(shown)), [row.method for row in shown], fontsize=8)
         axis.set_xscale("log")
         axis.set_xlabel("nats per byte above full precision")
-        axis.set_title(f"INT{bits}")
+        axis.set_title(titled(bits))
         axis.grid(axis="x", alpha=0.3)
     drawn.tight_layout()
     drawn.savefig(path, metadata={"Date": None})
@@ -152,8 +159,9 @@ def _row(name: str, arm: Arm, runs: Sequence[Run], rivals: tuple[Sequence[Run], 
     def above(value: Callable[[Run], float]) -> float:
         return mean(value(run) for run in runs) - floor
 
+    codes = "blocks of 16" if runs[0].bits == NVFP4 else arm.grid
     return Row(
-        name, arm.kind, arm.grid, runs[0].bits, runs[0].rate, len(runs), loss, residual, interval, 1 - residual / gap, over, over_interval,
+        name, arm.kind, codes, runs[0].bits, runs[0].rate, len(runs), loss, residual, interval, 1 - residual / gap, over, over_interval,
         above(lambda run: run.rr), above(lambda run: run.latent), max(run.levels for run in runs), mean(run.seconds for run in runs),
     )  # fmt: skip
 
