@@ -12,9 +12,10 @@ beyond the probe's own passes at the price of a forward pass and of a gradient. 
 measurements on twelve) must stay within 60; its figure includes rounding the model to every grid, with a search for the scales in eight of
 the twelve.
 
-Memory: growth of the peak resident size beyond that of the pass that the probe is made of (a forward pass, or a gradient), in a process of
-its own, in units of all weights. Rounded weights that the probe is given are there before. The allocator's mmap threshold is fixed, so that
-freed tensors leave the process.
+Memory: growth of the peak resident size beyond what the caller's own model and loss need, in a process of its own, in units of all weights.
+That is a forward pass; for probes that differentiate it is a forward and a backward pass whose gradients are dropped one by one, so that
+gradients which a probe keeps count as its own. Points that the probe is given are there before. The allocator's mmap threshold is fixed, so
+that freed tensors leave the process. Where more than one copy is needed, `REASONS` says what for.
 """
 
 import argparse
@@ -50,17 +51,24 @@ GRID = sw.intn(3, block="channel", scale="mse")
 SKIP = ["head"]
 TIER_0 = ("rho_fn", "rho_fn, 12 grids", "advise, 12 grids")
 GRADIENTS = ("quadratic", "inward", "Log, one look", "neighbours", "box_qat", "control")  # how the names of those that take some begin
+REASONS = {
+    "neighbours, 5 of 40 rounds": "how far codes moved, a byte per weight, then the codes found; a twentieth of all as steps to take",
+    "box_qat, 10 of 240 steps": "training: latent weights, their gradient and Adam's two moments, four copies; codes found",
+    "control, 10 of 240 steps": "training: latent weights, their gradient and Adam's two moments, four copies",
+    "Log, one look": "the codes of the run, a byte per weight, and those of its health",
+}
 Loss = Callable[[nn.Module], Tensor]
 Work = Callable[[], Any]
 
 
 class Bench(NamedTuple):
-    """The model, the loss and the data of its batches, and the model's weights rounded to one grid."""
+    """The model, the loss and the data of its batches, the model's weights rounded to one grid, and other weights on a fine one."""
 
     model: nn.Module
     loss: Loss
     data: Tensor
     given: dict[str, sw.Encoded]
+    aside: dict[str, sw.Encoded]
 
 
 def sequences(text: Tensor, count: int, *, seed: int) -> Tensor:
@@ -87,7 +95,8 @@ def bench(weights: Path) -> Bench:
     model = byte_transformer(width=WIDTH, layers=LAYERS, heads=5, length=LENGTH, seed=0).eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
     data = sequences(load_corpus().validation, BATCH, seed=10**6)
-    return Bench(model, lambda model: byte_loss(model, data), data, sw.probes.rounded(model, GRID, skip=SKIP))
+    given = sw.probes.rounded(model, GRID, skip=SKIP)
+    return Bench(model, lambda model: byte_loss(model, data), data, given, _aside(given))
 
 
 def prepare(on: Bench) -> dict[str, Callable[[], Work]]:
@@ -109,7 +118,7 @@ def prepare(on: Bench) -> dict[str, Callable[[], Work]]:
         "latent": lambda: sw.probes.latent(model, loss, at=given, start=model.state_dict()),
         "rho_layers, 4 of 32 tensors": lambda: sw.probes.rho_layers(model, loss, toward=some),
         "neighbours, 5 of 40 rounds": lambda: sw.probes.neighbours(model, loss, around=given, rounds=5),
-        "plane, 4 x 4 of 17 x 17": lambda: sw.probes.plane(model, loss, **toward, across=_aside(given), size=4),
+        "plane, 4 x 4 of 17 x 17": lambda: sw.probes.plane(model, loss, **toward, across=on.aside, size=4),
         "box_qat, 10 of 240 steps": lambda: sw.probes.box_qat(model, loss, around=given, steps=10),
         "control, 10 of 240 steps": lambda: sw.probes.control(model, loss, around=given, steps=10),
     }
@@ -125,10 +134,10 @@ def _twelve(on: Bench) -> Any:
     return first
 
 
-def _aside(given: dict[str, sw.Encoded]) -> dict[str, Tensor]:
+def _aside(given: dict[str, sw.Encoded]) -> dict[str, sw.Encoded]:
     """Return another point, as a stand-in for trained weights."""
-    generator = torch.Generator().manual_seed(0)
-    return {name: one.decode() + 0.01 * torch.randn(one.codes.shape, generator=generator) for name, one in given.items()}
+    generator, fine = torch.Generator().manual_seed(0), sw.int8(block="channel")
+    return {name: fine.encode(one.decode() + 0.01 * torch.randn(one.codes.shape, generator=generator)) for name, one in given.items()}
 
 
 def _look(on: Bench) -> Work:
@@ -154,6 +163,19 @@ def passes(on: Bench) -> dict[str, Work]:
             on.loss(on.model)
 
     return {"forward": forward, "gradient": lambda: torch.autograd.grad(on.loss(on.model), moved)}
+
+
+def _dropped(on: Bench) -> None:
+    """Differentiate the loss by the weights that the probes move, and drop each gradient when it is there."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    moved = [on.model.get_parameter(name) for name in on.given]
+    handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in moved]
+    on.loss(on.model).backward(inputs=moved)
+    for handle in handles:
+        handle.remove()
 
 
 def cost(result: Any) -> Cost:
@@ -188,7 +210,8 @@ def memory(name: str, weights: Path) -> float:
 
 def measure_memory(name: str, weights: Path) -> None:
     on = bench(weights)
-    work, unit = prepare(on)[name](), passes(on)["gradient" if name.startswith(GRADIENTS) else "forward"]
+    work = prepare(on)[name]()
+    unit = (lambda: _dropped(on)) if name.startswith(GRADIENTS) else passes(on)["forward"]
     peaks = []
     for measured in (unit, unit, work):  # the first pass warms up
         Path("/proc/self/clear_refs").write_text("5")
@@ -223,6 +246,7 @@ def summarise(rounds: int) -> dict[str, Any]:
             "own_in_forward_passes": (least[name] - expected) / forward,
             "extra_copies_of_the_weights": extra[name],
             "tier_0": name in TIER_0,
+            "held_besides_one_copy": REASONS.get(name, ""),
         }
     return {
         "machine": f"{processor()}, {os.cpu_count()} cores, 1 thread used; {platform.system()} {platform.machine()}",

@@ -1,7 +1,6 @@
 """The advisor on models: what it measures against the same by hand, what it leaves behind, what it costs, and what it refuses."""
 
 import copy
-import gc
 import math
 import re
 import statistics
@@ -10,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from scipy import stats
+from tests.held import Held
 from tests.probes.models import Everything
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -250,20 +250,17 @@ def test_cost_is_what_was_spent(net):
     assert advice.shared.forward <= 34 + 5 * 22  # three directions at two tolerances
 
 
-def test_memory_is_one_copy_of_the_weights_beside_what_gptq_needs():
-    # inside an evaluation: the weight, the stage's copy and, while GPTQ runs, the copy that GPTQ restores after an error
-    gc.collect()
-    model, most = nn.Linear(37, 53, bias=False), {True: 0, False: 0}
-    batches = [torch.randn(8, 37, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
-
-    def loss(model, x):
-        alive = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.shape == (53, 37) and t.is_floating_point())
-        calibrates = any(x is batch for batch in batches[::3])
-        most[calibrates] = max(most[calibrates], len({t.data_ptr() for t in alive}))
-        return model(x).square().mean()
-
-    advise(model, loss, batches, quantizers=[sw.int2(block="channel")], tolerance=1e-9)
-    assert most == {True: 3, False: 2}
+@pytest.mark.parametrize(("measure", "copies"), [(False, 1), (True, 2 + 0.25)])
+def test_memory_is_one_copy_of_the_weights_beside_what_gptq_needs(measure, copies):
+    # GPTQ holds another copy, which it restores after an error, and the codes, a quarter of one; beside these, as in the probes' own test,
+    # a dozen tensors of the layer that is being worked on and the activations of a sample. Its Hessian is such a tensor.
+    layers, width = 24, 32
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    batches = [torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    grids = [sw.int2(block="channel"), sw.int3(block="channel")]
+    with Held() as held:
+        advise(model, lambda model, x: (model(x) - x).square().mean(), batches, quantizers=grids, tolerance=1e-9, measure=measure)
+    assert held.peak / (4 * layers * width**2) <= copies + 12 / layers
 
 
 def test_batchnorm_follows_the_rounded_weights_on_the_batches_that_calibrate():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import stepwell as sw
-from stepwell.probes.directions import gaussian_noise, keys, uniform_noise
+from stepwell.probes.directions import axes, gaussian_noise, keys, uniform_noise
 from stepwell.probes.points import place
 from stepwell.probes.stage import staged
 from stepwell.probes.width import along
@@ -120,10 +120,10 @@ def test_uniform_noise_stays_within_half_a_step_and_clips_where_the_grid_ends():
 def test_gaussian_noise_has_the_norms_of_the_output_rows():
     model = nn.Linear(6, 4, bias=False).double()
     target = place(model, sw.int4(block="channel"), "toward")
-    noise = gaussian_noise(target, keys(3, 1)[0])("weight", model.weight.detach())
+    noise = gaussian_noise(axes(target), keys(3, 1)[0])("weight", model.weight.detach())
     assert torch.allclose(noise.norm(dim=1), model.weight.norm(dim=1))
     inputs_first = place(model, sw.intn(4, block="channel", axis=0), "toward")  # as GPT-2 stores it: a column is an output
-    noise = gaussian_noise(inputs_first, keys(3, 1)[0])("weight", model.weight.detach())
+    noise = gaussian_noise(axes(inputs_first), keys(3, 1)[0])("weight", model.weight.detach())
     assert torch.allclose(noise.norm(dim=0), model.weight.norm(dim=0))
 
 

@@ -20,7 +20,7 @@ from stepwell.advice.measure import BatchLoss, Losses, Parts, divide, increase
 from stepwell.advice.reasons import hit_rate, reasons
 from stepwell.advice.verdict import Advice, Verdict, decide, safe
 from stepwell.probes.directions import gaussian_noise, keys
-from stepwell.probes.points import Move, length, toward
+from stepwell.probes.points import Move, dot
 from stepwell.probes.stage import Cost, Stage, check_tolerance, staged
 from stepwell.probes.width import Width, along
 from stepwell.ptq.calibration import holders, uses
@@ -49,9 +49,9 @@ def advise(
 ) -> Advice:
     """Return a verdict per quantizer: RTN is enough, GPTQ is enough, train, not reachable by training, or uncertain.
 
-    The model is left exactly as found. Beside what `ptq.gptq` needs, one copy of the weights is held; an early training run holds two
-    moments and the latent weights as well. BatchNorm statistics are re-estimated for rounded weights on the batches that calibrate, as they
-    should be in deployment; along the early run they stay.
+    The model is left exactly as found. One copy of the weights is held, and rounded ones tensor by tensor; GPTQ and an early training run
+    hold what they need besides (`ptq.gptq`; codes, latent weights, their gradient and two moments). BatchNorm statistics are re-estimated
+    for rounded weights on the batches that calibrate, as they should be in deployment; along the early run they stay.
 
     Args:
         model: any module, in float.
@@ -183,11 +183,9 @@ def _settling(model: nn.Module, measure: bool) -> list[str]:
 
 def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
     """Judge one grid."""
-    work.stage.put(lambda name, base: base)
     before, known = work.stage.cost, set(work.widths)
-    encoded = {row.name: row.quantizer.encode(row.parameter) for row in plan.rows}
-    evidence, d20, calibrating = _evidence(work, asked, plan, encoded)
-    rho = _rho(work, asked, encoded, asked.tolerance)
+    evidence, d20, calibrating, distance = _evidence(work, asked, plan)
+    rho = _rho(work, asked, plan, distance, asked.tolerance)
     estimates, judged = work.coefficients.estimates(evidence), work.coefficients.judged(asked.tolerance)
     method, deciding = decide(estimates, asked.tolerance, forecasts=judged)
     shared = sum(width.cost.forward for key, found in work.widths.items() if key not in known for width in found)
@@ -218,42 +216,57 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
     )
 
 
-def _evidence(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded]) -> tuple[Evidence, float | None, int]:
-    """Return what is found out about one grid, the increase after 20 training steps, and how many passes calibrated."""
-    evidence, d20, passes = Evidence(_rho(work, asked, encoded, work.coefficients.tolerance), asked.rate), None, 0
-    if not asked.measure:
-        return evidence, d20, passes
-    work.stage.put(_deploy(encoded))
-    rtn = increase(work.stage, work.losses, work.base, "RTN", settle=work.settling)
-    asked.on_step(f"{plan.label}: RTN")
-    evidence = evidence._replace(rtn=rtn)
-    if rtn.high <= asked.tolerance:
-        return evidence, d20, passes
-    gptq, passes = _gptq(work, asked, plan, encoded)
+def _evidence(work: _Work, asked: _Asked, plan: _Plan) -> tuple[Evidence, float | None, int, float]:
+    """Return what is found out about one grid, the increase after 20 training steps, how many passes calibrated, and the distance."""
+    distance, rtn, d20, passes = _round(work.stage, plan), None, None, 0
+    if asked.measure:
+        rtn = increase(work.stage, work.losses, work.base, "RTN", settle=work.settling)
+        asked.on_step(f"{plan.label}: RTN")
+    evidence = Evidence(_rho(work, asked, plan, distance, work.coefficients.tolerance), asked.rate, rtn)
+    if rtn is None or rtn.high <= asked.tolerance:
+        return evidence, d20, passes, distance
+    gptq, passes = _gptq(work, asked, plan)
     evidence = evidence._replace(gptq=gptq)
     if asked.early is None or gptq.high <= asked.tolerance:
-        return evidence, d20, passes
+        return evidence, d20, passes, distance
     train, steps = asked.early
 
     def look() -> float:
         return increase(work.stage, work.losses, work.base, "train").increase
 
+    encoded = {row.name: row.quantizer.encode(work.stage.base[row.name]) for row in plan.rows}
     found = early_losses(work.stage, train, encoded, look, steps=steps, lr=asked.rate)
     asked.on_step(f"{plan.label}: early training")
-    return evidence._replace(early=found[max(found)]), found.get(FOUR_TERMS_STEP), passes
+    return evidence._replace(early=found[max(found)]), found.get(FOUR_TERMS_STEP), passes, distance
 
 
-def _rho(work: _Work, asked: _Asked, encoded: Mapping[str, Encoded], tolerance: float) -> float:
+def _round(stage: Stage, plan: _Plan) -> float:
+    """Round the model's weights to a grid, tensor by tensor, and return how far that is."""
+    grids, squares = {row.name: row.quantizer for row in plan.rows}, []
+
+    def rounded(name: str, base: Tensor) -> Tensor:
+        if name not in grids:
+            return base
+        found = grids[name](base)
+        away = found - base
+        squares.append(dot(away, away))
+        return found
+
+    stage.put(rounded)
+    return math.sqrt(math.fsum(squares))
+
+
+def _rho(work: _Work, asked: _Asked, plan: _Plan, distance: float, tolerance: float) -> float:
     """Return rho_fn as `probes.rho_fn` defines it; widths are measured once for all grids on the same weights."""
-    stage, names = work.stage, frozenset(encoded)
+    stage, axes = work.stage, {row.name: row.quantizer.axis for row in plan.rows}
+    names = frozenset(axes)
     if (names, tolerance) not in work.widths:
         found: list[Width] = []
         for key in keys(asked.seed, DRAWS if asked.measure else 1):
             near = found[-1].radius if found else _elsewhere(work.widths, names, tolerance)
-            found.append(along(stage, _within(names, gaussian_noise(dict(encoded), key)), tolerance, near=near))
+            found.append(along(stage, _within(names, gaussian_noise(axes, key)), tolerance, near=near))
             asked.on_step("width of the basin")
         work.widths[names, tolerance] = found
-    distance = length(toward(dict(encoded)), {name: stage.base[name] for name in encoded})
     return statistics.fmean(distance / width.radius for width in work.widths[names, tolerance])
 
 
@@ -262,11 +275,11 @@ def _elsewhere(widths: Mapping[tuple[frozenset[str], float], list[Width]], names
     return next((found[0].radius * math.sqrt(tolerance / other) for (same, other), found in widths.items() if same == names), None)
 
 
-def _gptq(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded]) -> tuple[Estimate, int]:
+def _gptq(work: _Work, asked: _Asked, plan: _Plan) -> tuple[Estimate, int]:
     """Return what GPTQ leaves and the passes that calibrated it; weights that it cannot calibrate are rounded to nearest first."""
-    nearest = {name: one for name, one in encoded.items() if name in work.rounded_only}
-    work.stage.put(_deploy(nearest))
-    calls, count = 0, len(encoded) - len(nearest)
+    nearest = {row.name: row.quantizer for row in plan.rows if row.name in work.rounded_only}
+    work.stage.put(lambda name, base: nearest[name](base) if name in nearest else base)
+    calls, count = 0, len(plan.rows) - len(nearest)
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         nonlocal calls
@@ -281,11 +294,6 @@ def _gptq(work: _Work, asked: _Asked, plan: _Plan, encoded: Mapping[str, Encoded
         gptq(work.model, plan.quantizer, work.parts.calibrating, skip=skip, forward=forward, on_layer=done)
     found = increase(work.stage, work.losses, work.base, "GPTQ", settle=work.settling)
     return found, math.ceil(calls / len(work.parts.calibrating))
-
-
-def _deploy(encoded: Mapping[str, Encoded]) -> Move:
-    """Return the point at which these weights are rounded and all others are the model's."""
-    return lambda name, base: encoded[name].decode().to(base) if name in encoded else base
 
 
 def _within(names: Collection[str], move: Move) -> Move:

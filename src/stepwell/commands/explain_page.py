@@ -134,7 +134,7 @@ def _closer(subject: Subject, explanation: Explanation, report: GridReport) -> S
     if explanation.effort == "full" and not report.rtn.within:
         why = "rounding fails here"
     paragraphs = [f"A closer look at {report.scheme}, {report.bits} bits: {why}."]
-    if report.closer.quadratic is not None and not report.rtn.within:
+    if not report.rtn.within:
         ratio = report.closer.quadratic.ratio
         paragraphs.append(
             f"The second derivatives at the float weights predict {signed(report.closer.quadratic.predicted)} for rounding, and "

@@ -15,7 +15,7 @@ from stepwell.probes.latent import latent
 from stepwell.probes.neighbours import Neighbours, neighbours
 from stepwell.probes.plane import plane
 from stepwell.probes.points import weight
-from stepwell.probes.quadratic import Quadratic, quadratic
+from stepwell.probes.quadratic import quadratic
 from stepwell.probes.segment import segment
 from stepwell.probes.stage import staged
 
@@ -66,7 +66,7 @@ def look(model: nn.Module, data: Data, rounded: Point, gptq: Point, *, tolerance
     return Closer(
         layers=damage(model, data.measuring, rounded),
         gptq_line=segment(model, data.measuring, toward=gptq, positions=effort.positions),
-        quadratic=_quadratic(model, data.measuring, rounded),
+        quadratic=quadratic(model, data.measuring, toward=rounded),
         searches=(_flipped(flip, data, tolerance), _trained(box, data, tolerance, effort.steps)),
         inward=(before, after),
         latent=behind,
@@ -91,14 +91,6 @@ def damage(model: nn.Module, losses: Losses, rounded: Point) -> tuple[Damage, ..
         for name, encoded in rounded.items():
             found.append(Damage(name, encoded.codes.numel(), at({name}) - stage.start, together - at(every - {name})))
     return tuple(sorted(found, key=lambda one: -one.alone))
-
-
-def _quadratic(model: nn.Module, losses: Losses, rounded: Point) -> Quadratic | None:
-    """Return the second-order prediction; None for operations without a second derivative, of which torch says so by RuntimeError."""
-    try:
-        return quadratic(model, losses, toward=rounded)
-    except RuntimeError:
-        return None
 
 
 def _flipped(found: Neighbours, data: Data, tolerance: float) -> Search:

@@ -80,7 +80,7 @@ class Closer:
     Attributes:
         layers: every quantized weight, the most harmful first.
         gptq_line: the loss along the line from the float weights to those of GPTQ.
-        quadratic: what the second derivatives at the float weights predict; None where the model cannot be differentiated twice.
+        quadratic: what slope and curvature at the float weights predict for rounding.
         searches: for a low-loss grid point near.
         inward: at the rounded weights before training, and after the steps of box QAT.
         latent: where those steps left the weights behind the rounding.
@@ -89,7 +89,7 @@ class Closer:
 
     layers: tuple[Damage, ...]
     gptq_line: Segment
-    quadratic: Quadratic | None
+    quadratic: Quadratic
     searches: tuple[Search, ...]
     inward: tuple[Inward, Inward]
     latent: Latent

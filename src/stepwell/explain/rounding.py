@@ -26,9 +26,7 @@ def curvature(model: nn.Module, loss: BatchLoss, batches: Sequence[Any], names: 
     with staged(model, Losses(loss, batches[:1]), names) as stage:
         total = {name: torch.zeros_like(base) for name, base in stage.base.items()}
         for batch in batches:
-            _, gradients = stage.gradient(_on(loss, batch))
-            for name, gradient in gradients.items():
-                total[name].add_(gradient.to(total[name]).square_())
+            stage.gradients(lambda name, gradient: total[name].addcmul_(gradient, gradient), _on(loss, batch))
     return {name: value.div_(len(batches)) for name, value in total.items()}
 
 

@@ -1,7 +1,8 @@
 """Descent: gradient steps on latent weights while the model shows what is made of them; the loop of `box_qat` and `control`.
 
-Adam with a cosine schedule, everything but the named weights held fixed, evaluation mode. Memory is that of training: latent weights and
-two moments besides the copy that restores the model.
+Adam with a cosine schedule, everything but the named weights held fixed, evaluation mode. Memory is that of training, five copies of the
+weights besides the model's own: the one that restores it, latent weights, their gradient (kept whole, because a step whose gradient is not
+finite is left out) and Adam's two moments.
 """
 
 import math
@@ -54,8 +55,8 @@ def descend(
         _, gradients = stage.gradient(None if train is None else _at(train, step))
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             continue  # as a GradScaler does: the step is left out, and the weights stay numbers
-        for name, gradient in gradients.items():
-            latent[name].grad = gradient
+        for name in latent:
+            latent[name].grad = gradients.pop(name)  # gone before the next ones come
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.step()
         for name in latent:

@@ -1,6 +1,6 @@
 """Directions: random and partial displacements of the weights, drawn anew whenever they are asked for, so that they need no memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,9 +37,13 @@ def uniform_noise(target: Place, key: Callable[[str], int]) -> Move:
     return move
 
 
-def gaussian_noise(target: Place, key: Callable[[str], int]) -> Move:
-    """Return Gaussian noise whose output rows have the norms of the weight's; nothing of `target` is kept but its layout."""
-    axes = {name: value.quantizer.axis if isinstance(value, Encoded) else None for name, value in target.items()}
+def axes(target: Place) -> dict[str, int | None]:
+    """Return the contraction dimension of every weight of a point, as its quantizer has it; None is the layout of Linear."""
+    return {name: value.quantizer.axis if isinstance(value, Encoded) else None for name, value in target.items()}
+
+
+def gaussian_noise(axes: Mapping[str, int | None], key: Callable[[str], int]) -> Move:
+    """Return Gaussian noise whose output rows, across the contraction dimensions `axes`, have the norms of the weight's."""
 
     def move(name: str, base: Tensor) -> Tensor:
         axis = axes[name]

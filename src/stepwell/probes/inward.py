@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepwell.probes.grid import grid
 from stepwell.probes.points import Place, Weights, dot, matching, place, weight, working
@@ -192,14 +192,17 @@ class Angle(NamedTuple):
 
 def against(stage: Stage, quantized: Place, reference: Place) -> tuple[float, Angle]:
     """Return the loss where the weights are now, and its descent direction against the way from q to b."""
-    value, gradients = stage.gradient()
     along = size = way = 0.0
-    for name, gradient in gradients.items():
+
+    def take(name: str, gradient: Tensor) -> None:
+        nonlocal along, size, way
         base = working(stage.base[name])
         back = weight(reference[name], base) - weight(quantized[name], base)
         along -= dot(gradient, back)
         size += dot(gradient, gradient)
         way += dot(back, back)
+
+    value = stage.gradients(take)
     if not size or not way:
         return value, Angle(math.nan, 0.0 if way else math.nan)
     return value, Angle(along / math.sqrt(size * way), along / math.sqrt(way))

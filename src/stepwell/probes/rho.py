@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stepwell.probes.directions import alone, gaussian_noise, keys, uniform_noise
+from stepwell.probes.directions import alone, axes, gaussian_noise, keys, uniform_noise
 from stepwell.probes.points import Move, Place, Weights, length, matching, place
 from stepwell.probes.points import toward as displacement
 from stepwell.probes.stage import Cost, Loss, check_tolerance, staged
@@ -129,7 +129,7 @@ def rho_fn(
     """
     _check_draws(draws)
     return _by_distance(
-        "rho_fn", model, loss, toward, tolerance, width, lambda target: [gaussian_noise(target, key) for key in keys(seed, draws)]
+        "rho_fn", model, loss, toward, tolerance, width, lambda target: [gaussian_noise(axes(target), key) for key in keys(seed, draws)]
     )
 
 

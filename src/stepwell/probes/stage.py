@@ -2,13 +2,14 @@
 
 Every probe takes `loss`, a function of the model that evaluates it on the caller's data and returns one number as a tensor. It is called
 in evaluation mode (dropout off, BatchNorm statistics frozen) and must give the same number for the same weights. One copy of the moved
-weights is held; gradients, where a probe needs them, are one more. Source for the re-estimated statistics: Ioffe and Szegedy, "Batch
-Normalization" (arXiv:1502.03167), section 3.1.
+weights is held; gradients are consumed tensor by tensor. What the loss itself needs (activations, and the graph where a gradient is asked
+for) comes on top. Source for the re-estimated statistics: Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), section 3.1.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,21 +80,37 @@ class Stage:
 
     def gradient(self, loss: Loss | None = None) -> tuple[float, dict[str, Tensor]]:
         """Return a loss, by default the probe's own, and its gradient by name where the weights are now; `.grad` is not touched."""
-        with self.graph(loss) as (value, weights):
-            parts = self.differentiate(value)
-        gradients = {
-            name: torch.zeros_like(working(weight)) if part is None else working(part)
-            for (name, weight), part in zip(weights.items(), parts, strict=True)
-        }
-        return _number(value), gradients
+        found: dict[str, Tensor] = {}
+        value = self.gradients(found.__setitem__, loss)
+        return value, {name: found[name] for name in self._parameters}
 
-    def differentiate(self, value: Tensor, *, again: bool = False) -> tuple[Tensor | None, ...]:
-        """Return the derivatives of a scalar by the weights, None where it does not depend on one; with a graph of their own if `again`."""
-        self._backward += 1
-        return torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True, create_graph=again)
+    def gradients(self, take: Callable[[str, Tensor], object], loss: Loss | None = None) -> float:
+        """Return a loss and hand its gradient over, `take(name, gradient)`, tensor by tensor while it is differentiated.
+
+        What `take` does not keep is gone before the next one is there, so that a probe which only needs sums holds no copy of the weights
+        for them. `.grad` is not touched.
+        """
+        missing = dict.fromkeys(self._parameters)
+
+        def handed(name: str, gradient: Tensor) -> Tensor:
+            del missing[name]
+            take(name, working(gradient))
+            return gradient.new_zeros(()).expand_as(gradient)  # what autograd returns in the end, without memory
+
+        with self._graph(loss) as value:
+            handles = [one.register_hook(partial(handed, name)) for name, one in self._parameters.items()]  # type: ignore[no-untyped-call]
+            try:
+                torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
+                self._backward += 1
+            finally:
+                for handle in handles:
+                    handle.remove()
+        for name in missing:  # the loss does not depend on these
+            take(name, torch.zeros_like(working(self._parameters[name])))
+        return _number(value)
 
     @contextmanager
-    def graph(self, loss: Loss | None = None) -> Iterator[tuple[Tensor, dict[str, nn.Parameter]]]:
+    def _graph(self, loss: Loss | None = None) -> Iterator[Tensor]:
         """Evaluate a loss with a graph to the weights; inside the block it may be differentiated."""
         asked = [parameter.requires_grad for parameter in self._parameters.values()]
         try:
@@ -106,7 +123,7 @@ class Stage:
                         f"`loss` must be differentiable by the weights: got {value.item():g} without a graph. "
                         "Do not detach, call .item() or use no_grad inside it."
                     )
-                yield value.reshape(()), self._parameters
+                yield value.reshape(())
         finally:
             for parameter, wanted in zip(self._parameters.values(), asked, strict=True):
                 parameter.requires_grad_(wanted)
