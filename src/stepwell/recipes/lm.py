@@ -61,7 +61,7 @@ def _sizes() -> dict[str, Recipe]:
         ),
         "15m": _size(
             Architecture("llama", width=256, layers=14, heads=8, hidden=704, vocabulary=8192, tied=False),
-            steps=20_000, rows=16, length=256, micro=16, lr=2e-3, precision="fp32", often=500,
+            steps=20_000, rows=16, length=256, micro=16, lr=2e-3, precision="bf16", often=500,
         ),
         "150m": _size(
             Architecture("llama", width=768, layers=14, heads=12, hidden=2048, vocabulary=32_768, tied=False),

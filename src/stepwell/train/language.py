@@ -94,14 +94,15 @@ def vocabulary_of(model: nn.Module) -> int:
     return int(inner.get_input_embeddings().num_embeddings)
 
 
-def summed_loss(model: nn.Module, tokens: Tensor, precision: Literal["bf16", "fp32"]) -> Tensor:
-    """Return the cross entropy of every next token, summed, in nats, 0-dim.
+def row_losses(model: nn.Module, tokens: Tensor, precision: Literal["bf16", "fp32"]) -> Tensor:
+    """Return the cross entropy of every row's next tokens, summed over the row, in nats, `(rows,)`.
 
     Args:
         model: from tokens to logits.
-        tokens: `(rows, length + 1)` int64; the first `length` are read, each next one predicted: rows x length terms.
+        tokens: `(rows, length + 1)` int64; the first `length` are read, each next one predicted.
         precision: "bf16" computes logits under autocast; the loss is float32 in any case.
     """
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits: Tensor = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1).sum(1)

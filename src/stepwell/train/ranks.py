@@ -4,10 +4,13 @@ Without a process group there is one process, and every function here is free. A
 terms and the order of the data are the same at any world size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,33 @@ def here(device: str | torch.device | None = None) -> Ranks:
     together = distributed.is_available() and distributed.is_initialized()
     rank, size = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
     return Ranks(rank, size, torch.device(device))
+
+
+def prepare(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Return the model on its device, shared out over all processes where there are several; to be called before anything is attached."""
+    return model.to(ranks.device)
+
+
+@contextmanager
+def synchronising(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Run a backward pass whose gradients meet those of the other processes only in the last micro-batch of a step."""
+    del model, last
+    yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor of which this process may hold a part; every process asks at once."""
+    gathered: Any = tensor
+    entire: Tensor = gathered.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return entire
+
+
+@torch.no_grad()
+def put_(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into a parameter; of one that is shared out, this process's part."""
+    placed: Any = parameter
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), placed.device_mesh, placed.placements)
+    parameter.copy_(value)

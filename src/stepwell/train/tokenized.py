@@ -15,7 +15,7 @@ from stepwell.train.tokens import HELD, INDEX, TOKENIZER, TRAIN, VERSION, sha256
 
 EVERY = 10  # documents: the last of ten is held out, while more is wanted
 SHARD = 1 << 26  # tokens of a file
-CHUNK = 256  # documents that are tokenized at once
+CHUNK = 64  # documents that are tokenized at once
 NARROW = 1 << 16  # tokens that fit two bytes
 
 
@@ -60,7 +60,8 @@ def prepare(
             "Take a smaller tokenizer, or a recipe whose architecture has a larger `vocabulary`."
         )
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        shutil.rmtree(left)
     try:
         aside.mkdir(parents=True)
         tokenizers.save(made, aside / TOKENIZER)
