@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "stepwell"
 # Lowest layer first; a level is a tuple of groups, a group a set of modules or packages.
 LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"formats", "rounding", "randomness", "blocks", "schedules"}, {"report"}),
-    ({"grids", "scales", "shrink", "quantizers", "presets", "runtimes", "packing", "storage", "selection"},),
+    ({"grids", "scales", "shrink", "quantizers", "presets", "runtimes", "packing", "storage", "selection", "modes"},),
     ({"methods"}, {"ptq"}, {"theory"}, {"health"}),
     ({"run", "optim", "activations", "testbed"},),
     ({"probes"},),

@@ -191,9 +191,30 @@ def test_one_hidden_unit_is_the_plain_testbed():
     assert net.smoothed(one, weight[None], TENSOR4).item() == pytest.approx(t.smoothed(weight, TENSOR4).item(), rel=1e-13)
 
 
+def test_a_shift_is_another_draw_of_the_same_target():
+    t = sw.Testbed(dim=4000, shift=0.25)
+    assert t.target[0].item() == pytest.approx(torch.special.ndtri(torch.tensor(0.868033988749895, dtype=torch.float64)).item(), rel=1e-12)
+    assert not torch.equal(t.target, sw.Testbed(dim=4000).target)
+    # the points fill the unit interval evenly, with a discrepancy of order log d / d, whatever the shift: mean 0 and variance 1
+    assert t.target.mean().item() == pytest.approx(0, abs=0.01)
+    assert t.target.var().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(TwoLayer(3, dim=4000, shift=0.25).target, t.target)
+
+
+def test_smoothed_takes_the_scales_that_are_stored():
+    t = sw.Testbed(dim=6, exponent=0.7)
+    scale = sw.ptq.scale_search(t.target, TENSOR3, t.hessian_diagonal)
+    bracket = TENSOR3.bracket(t.target, scale=scale)
+    mean = sum(chance * t.loss(outcome).item() for outcome, chance in every_rounding(bracket))
+    assert t.smoothed(t.target, TENSOR3, scale=scale).item() == pytest.approx(mean, rel=1e-12)
+    assert t.smoothed(t.target, TENSOR3, scale=scale).item() != pytest.approx(t.smoothed(t.target, TENSOR3).item(), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: sw.Testbed(shift=-0.5), "`shift`.*-0.5"),
+        (lambda: TwoLayer(2, shift=math.inf), "`shift`.*inf"),
         (lambda: sw.Testbed(dim=0), "`dim`.*0"),
         (lambda: sw.Testbed(dim=1.5), "`dim`.*1.5"),
         (lambda: sw.Testbed(exponent=math.nan), "`exponent`.*nan"),

@@ -34,6 +34,7 @@ class Testbed:
         dim: number of weights.
         exponent: of the spectrum, `h_i = i ** -exponent`.
         rotated: whether the spectrum lies along the cosine basis instead of the weights.
+        shift: another draw of the target, `frac(i * golden ratio + shift)`; 0 is the one whose numbers are printed.
 
     A block that does not divide `dim` leaves a shorter last block.
 
@@ -48,10 +49,12 @@ class Testbed:
     dim: int = 12_000
     exponent: float = 1.1
     rotated: bool = False
+    shift: float = 0.0
 
     def __post_init__(self) -> None:
         _check_size("dim", self.dim)
-        _check_exponent(self.exponent)
+        _check_number("exponent", self.exponent)
+        _check_number("shift", self.shift)
 
     @cached_property
     def spectrum(self) -> Tensor:
@@ -61,7 +64,7 @@ class Testbed:
     @cached_property
     def target(self) -> Tensor:
         """The weights w* of loss zero, `(dim,)`."""
-        return _target(self.dim)
+        return _target(self.dim, self.shift)
 
     @cached_property
     def hessian_diagonal(self) -> Tensor:
@@ -93,9 +96,15 @@ class Testbed:
         error = cosines(error) if self.rotated else error
         return (self.spectrum * error * error).sum() / 2
 
-    def smoothed(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        """Return `E L(RR(w))`, the mean loss under randomized rounding, 0-dim and exact; includes the bias where the grid saturates."""
-        bracket = self._bracket(weight, quantizer)
+    def smoothed(self, weight: Tensor, quantizer: Quantizer, *, scale: Tensor | None = None) -> Tensor:
+        """Return `E L(RR(w))`, the mean loss under randomized rounding, 0-dim and exact; includes the bias where the grid saturates.
+
+        Args:
+            weight: `(dim,)`.
+            quantizer: the grid.
+            scale: `(blocks,)`, as `ptq.scale_search` returns it; None refits it by the quantizer's rule.
+        """
+        bracket = self._bracket(weight, quantizer, scale)
         return self.loss(bracket.x) + (self.hessian_diagonal * variance(bracket)).sum() / 2
 
     def rtn(self, quantizer: Quantizer) -> Tensor:
@@ -151,8 +160,8 @@ class Testbed:
                     moved = True
         return weight
 
-    def _bracket(self, weight: Tensor, quantizer: Quantizer) -> Bracket:
-        found = quantizer.bracket(self._padded(self._checked(weight).detach().to(torch.float64), quantizer))
+    def _bracket(self, weight: Tensor, quantizer: Quantizer, scale: Tensor | None) -> Bracket:
+        found = quantizer.bracket(self._padded(self._checked(weight).detach().to(torch.float64), quantizer), scale=scale)
         return Bracket(*(part[: self.dim] for part in found[:3]))
 
     def _padded(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
@@ -173,16 +182,19 @@ class TwoLayer:
         width: hidden units k; u is `(width,)`, V is `(width, dim)`.
         dim: number of inputs.
         exponent: of the spectrum.
+        shift: another draw of the target, as in `Testbed`.
     """
 
     width: int
     dim: int = 400
     exponent: float = 1.1
+    shift: float = 0.0
 
     def __post_init__(self) -> None:
         _check_size("width", self.width)
         _check_size("dim", self.dim)
-        _check_exponent(self.exponent)
+        _check_number("exponent", self.exponent)
+        _check_number("shift", self.shift)
 
     @cached_property
     def spectrum(self) -> Tensor:
@@ -192,7 +204,7 @@ class TwoLayer:
     @cached_property
     def target(self) -> Tensor:
         """w*, `(dim,)`."""
-        return _target(self.dim)
+        return _target(self.dim, self.shift)
 
     def loss(self, outer: Tensor, inner: Tensor) -> Tensor:
         """Return the loss of u `(width,)` and V `(width, dim)`, 0-dim; differentiable."""
@@ -237,8 +249,12 @@ def _spectrum(dim: int, exponent: float) -> Tensor:
     return torch.arange(1, dim + 1, dtype=torch.float64).pow(-exponent)
 
 
-def _target(dim: int) -> Tensor:
-    return cast(Tensor, torch.special.ndtri((torch.arange(1, dim + 1, dtype=torch.float64) * GOLDEN) % 1))
+def _target(dim: int, shift: float) -> Tensor:
+    places = (torch.arange(1, dim + 1, dtype=torch.float64) * GOLDEN + shift) % 1
+    target = cast(Tensor, torch.special.ndtri(places))
+    if not bool(target.isfinite().all()):
+        raise ValueError(f"`shift` puts a target at infinity: got {shift!r}. Choose another.")
+    return target
 
 
 def _check_size(name: str, value: int) -> None:
@@ -246,6 +262,6 @@ def _check_size(name: str, value: int) -> None:
         raise ValueError(f"`{name}` must be a positive integer: got {value!r}.")
 
 
-def _check_exponent(exponent: float) -> None:
-    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not (math.isfinite(exponent) and exponent >= 0):
-        raise ValueError(f"`exponent` must be a finite number, 0 or more: got {exponent!r}.")
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"`{name}` must be a finite number, 0 or more: got {value!r}.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepwell.modes import evaluating
 from stepwell.ptq.calibration import Forward, Use, holders, run_batch, second_moment, uses
 from stepwell.ptq.chosen import Chosen, chosen
 from stepwell.ptq.sequential import Order, check_options, sequential
@@ -75,7 +76,7 @@ def gptq(
     finished = _checked(done, rows)
     encoded: MutableMapping[str, Encoded] = {} if into is None else into
     run, by_name = forward or run_batch, {row.name: row for row in rows}
-    with torch.no_grad(), _evaluating(model), _restored_on_error(rows if into is None else []):
+    with torch.no_grad(), evaluating(model), _restored_on_error(rows if into is None else []):
         order_of_use = uses(model, modules, kept, run)
         for name, one in finished.items():
             encoded[name] = one
@@ -124,18 +125,6 @@ def _checked(done: Mapping[str, Encoded] | None, rows: list[Chosen]) -> dict[str
                 f"`done` holds {name!r} as {one.quantizer} {tuple(one.codes.shape)}: this call rounds it to {wanted[0]} {wanted[1]}."
             )
     return dict(done or {})
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold every module in evaluation mode: no dropout, fixed batch statistics."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

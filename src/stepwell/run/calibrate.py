@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stepwell.methods.fisher import FISHER, SEEN
+from stepwell.modes import evaluating
 from stepwell.rounding import Bracket, pick, variance
 from stepwell.run import moments
 from stepwell.run.managed import Managed, groups_of, like, local, whole_tensor, wide
@@ -136,18 +137,6 @@ def _checked(mine: list[Managed], batches: Iterable[Any], draws: int) -> list[An
     if not kept:
         raise ValueError("`batches` must hold data: got no batch.")
     return kept
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep dropout and batch statistics still: all losses are of one function."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stepwell.run.calibrate import evaluating
+from stepwell.modes import evaluating
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
