@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 # Each is a function of that name in `stepwell.commands.NAME`.
-COMMANDS = ("demo", "explain", "formats", "inspect", "predict")
+COMMANDS = ("demo", "explain", "formats", "inspect", "predict", "quantize", "train")
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         if isinstance(error, TypeError) and "`" not in str(error):
             raise  # Python's own, which names no argument of ours in backticks: a bug, to be shown whole
         _leave(error, 2)
-    except ImportError as error:
+    except (ImportError, OSError, ArithmeticError) as error:  # what is not installed, a disk that is full, a run that diverged
         _leave(error, 1)
     except typer.Abort:  # Ctrl-C, where typer does not make it this exit code itself
         sys.exit(130)

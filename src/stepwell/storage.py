@@ -57,14 +57,13 @@ def save(encoded: Encoded | Mapping[str, Encoded], path: str | Path) -> None:
             raise TypeError(
                 f"`encoded` must map names to Encoded: got {type(weight).__name__} for {name!r}. Use `quantizer.encode(weight)`."
             )
-        tensors.update(_tensors(name, weight))
-        described[name] = {"shape": list(weight.codes.shape), "dtype": str(weight.scales.dtype), **_describe(weight.quantizer)}
+        tensors.update(parts(name, weight))
+        described[name] = describe(weight)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path`: no folder at {path.parent}. Make it first.")
     if path.is_dir():
         raise IsADirectoryError(f"`path` must be a file: got the folder {path}. Name a file in it, such as {path / 'weights.safetensors'}.")
-    header = {"version": VERSION, "single": single, "weights": described}
-    _write(tensors, {"stepwell": json.dumps(header)}, path)
+    _write(tensors, metadata(described, single=single), path)
 
 
 def load(path: str | Path) -> Any:
@@ -117,6 +116,33 @@ def read_header(path: str | Path) -> dict[str, Any]:
         return dict(header)
 
 
+def parts(name: str, weight: Encoded) -> dict[str, Tensor]:
+    """Return the tensors that store one weight, by the names that they have in a file."""
+    quantizer, dtype = weight.quantizer, _STORED.get(weight.quantizer.scale_dtype)
+    narrow = weight.scales.dtype if dtype is None else dtype
+    stored = {
+        f"{name}.codes": packing.pack(weight.codes.cpu(), quantizer.format.bits),
+        f"{name}.scales": weight.scales.to(narrow),
+    }
+    if weight.tensor_scale is not None:
+        stored[f"{name}.tensor_scale"] = weight.tensor_scale
+    if weight.zero_points is not None:
+        stored[f"{name}.zero_points"] = weight.zero_points.to(narrow if quantizer.zero == "minimum" else torch.uint8)
+    return {key: value.detach().cpu().contiguous().clone() for key, value in stored.items()}
+
+
+def describe(weight: Encoded) -> dict[str, Any]:
+    """Return the description of one weight, which with its tensors is all of it."""
+    fields = asdict(weight.quantizer)
+    del fields["levels_open"]  # says how the quantizer was built, not what it is
+    return {"shape": list(weight.codes.shape), "dtype": str(weight.scales.dtype), **fields, "format": str(weight.quantizer.format)}
+
+
+def metadata(described: Mapping[str, Mapping[str, Any]], *, single: bool = False) -> dict[str, str]:
+    """Return what a file says of itself, from the description of every weight by name."""
+    return {"stepwell": json.dumps({"version": VERSION, "single": single, "weights": described})}
+
+
 class _Entry(NamedTuple):
     """The description of one weight."""
 
@@ -142,27 +168,6 @@ def _open(path: Path) -> Any:
         raise ValueError(
             f"`path`: {path} is not a readable safetensors file ({error}). Other formats, pickles above all, are refused."
         ) from error
-
-
-def _describe(quantizer: Quantizer) -> dict[str, Any]:
-    fields = asdict(quantizer)
-    del fields["levels_open"]  # says how the quantizer was built, not what it is
-    return {**fields, "format": str(quantizer.format)}
-
-
-def _tensors(name: str, weight: Encoded) -> dict[str, Tensor]:
-    """Return the tensors that store one weight."""
-    quantizer, dtype = weight.quantizer, _STORED.get(weight.quantizer.scale_dtype)
-    narrow = weight.scales.dtype if dtype is None else dtype
-    stored = {
-        f"{name}.codes": packing.pack(weight.codes.cpu(), quantizer.format.bits),
-        f"{name}.scales": weight.scales.to(narrow),
-    }
-    if weight.tensor_scale is not None:
-        stored[f"{name}.tensor_scale"] = weight.tensor_scale
-    if weight.zero_points is not None:
-        stored[f"{name}.zero_points"] = weight.zero_points.to(narrow if quantizer.zero == "minimum" else torch.uint8)
-    return {key: value.detach().cpu().contiguous().clone() for key, value in stored.items()}
 
 
 def _parts(quantizer: Quantizer) -> list[str]:

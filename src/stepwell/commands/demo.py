@@ -40,7 +40,10 @@ def demo(
     if json:
         print_json(written)
         return
-    print_table(summary(story), title="Handwritten digits on held-out images, mean ± standard error over seeds", note=NOTE)
+    from stepwell.commands.demo_page import beyond_bound
+
+    note = f"{NOTE}\n{beyond_bound(story)}".rstrip()
+    print_table(summary(story), title="Handwritten digits on held-out images, mean ± standard error over seeds", note=note)
     print(f"Report: {(out / PAGE_FILE).resolve()}")
     if open_page:
         open_in_browser(out / PAGE_FILE)

@@ -1,5 +1,6 @@
 """The demo's page: every sentence with a number in it is made from the numbers."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from stepwell.commands.demo_figures import brief, distances, gains, losses, ordered, pair, row_of, sensitivity
@@ -188,10 +189,21 @@ def _method(story: Story) -> Section:
             "in full precision.",
             f"From there every method got {config.steps} more steps on identical batches, the learning rate falling to zero, and so did "
             f"full precision; RTN rounds that longer-trained network. Learning rates tried for every method: {rates}; the one with the "
-            "lowest mean validation loss under nearest rounding was taken. LOTION's strength was not tuned: it is its theory's.",
+            "lowest mean validation loss under nearest rounding was taken. LOTION's strength was not tuned: it is its theory's. "
+            + beyond_bound(story),
             f"Weights share one scale per 32 inputs. The {SHIPPED_BITS}-bit grid is onnxruntime's (-8 to 7, signed scale), the others are "
             f"symmetric; 2 bits are the three values -1, 0, 1. Randomized losses are means over {config.draws} draws, the same random "
             "numbers for every method. The test images are few: differences below about one standard error say nothing.",
         ],
         tables=[Table(["bits", "method", "learning rate taken", "validation loss (nats)"], picked, grouped=True)],
     )
+
+
+def beyond_bound(story: Story) -> str:
+    """Say in how many runs the penalty exceeded its stability bound; nothing where it never did."""
+    counted = Counter((trial.arm, trial.bits) for trial in story.trials if trial.beyond_bound)
+    if not counted:
+        return ""
+    runs = len(story.config.seeds) * len(story.config.lrs)
+    told = ", ".join(f"{count} of {runs} runs of {arm} at {bits} bits" for (arm, bits), count in sorted(counted.items()))
+    return f"In {told} that exceeds the penalty's stability bound: there the penalty, more than the task, decides where weights go."

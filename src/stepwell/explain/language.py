@@ -66,6 +66,18 @@ def from_folder(folder: Path, data: Path | None, *, limit: int, window: int | No
     return Subject(str(folder), model, next_token_loss, batches, "nats per token", facts)
 
 
+def model_alone(folder: Path) -> Any:
+    """Return a folder's causal language model in float32 and evaluation mode; no tokenizer and no text are needed.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: the folder cannot be loaded as one, or its weights do not fill the model.
+    """
+    need("transformers", extra="hf")
+    with _quiet():
+        return _model(folder)
+
+
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the mean cross entropy of every next token, in nats; `tokens` is `(rows, length)`."""
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits

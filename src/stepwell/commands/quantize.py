@@ -1,0 +1,134 @@
+"""`stepwell quantize MODEL OUT --target ..`: from a checkpoint to a runtime's own file, with a certificate of what the runtime loaded."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepwell.commands.explain import as_mapping, dumped, open_in_browser
+from stepwell.commands.output import Json, console, print_json, print_table
+
+if TYPE_CHECKING:
+    from stepwell.ship.records import Shipped
+    from stepwell.ship.rounding import Progress
+
+PAGE_FILE, RESULTS_FILE = "certificate.html", "certificate.json"
+BATCHES = 24  # a third of them measures
+MOST_ROWS = 12
+MODEL = (
+    "What to quantize: a Hugging Face folder with safetensors, or module:function or file.py:function that returns (model, loss, batches)."
+)
+TARGET = "What it is for: onnx:matmulnbits, compressed-tensors, gguf:q4_0, .. (a wrong one lists them)."
+METHOD = "auto, rtn, search, gptq, ste, lotion or default (the recommended training); auto asks `sw.advise`, without data it is rtn."
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Argument(help="Folder for the artifact and its certificate.")],
+    *,
+    target: Annotated[str, typer.Option(help=TARGET)],
+    data: Annotated[
+        Path | None, typer.Option(help="Text for a Hugging Face folder; else passed to the function.", show_default=False)
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight; the target's own.", show_default=False)] = None,
+    block: Annotated[int | None, typer.Option(help="Weights per scale; the target's own.", show_default=False)] = None,
+    method: Annotated[str, typer.Option(help=METHOD)] = "auto",
+    tolerance: Annotated[float, typer.Option(help="Increase of the loss that is acceptable, in its unit.")] = 0.1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps, where the method trains.")] = 200,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; 2e-4 for a folder, 1e-3 for a function.", show_default=False)] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Parameter or module to leave in float; may be repeated.", show_default=False)
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Most batches to use, where nothing is trained.")] = BATCHES,
+    window: Annotated[int | None, typer.Option(help="Tokens of a row of text; 128 or what the model reads.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the certificate in a browser.")] = False,
+    json: Json = False,
+) -> None:
+    """Quantize a model for a runtime: round or train, export, load it there, compare, and write the artifact with its certificate.
+
+    OUT appears when all of it is complete. It is exit code 1 if the runtime did not load what was encoded.
+    """
+    if batches < 2:
+        raise ValueError(f"`batches` must be at least 2: got {batches}. Some calibrate, the others measure.")
+    from stepwell.ship.artifact import check_place
+    from stepwell.ship.quantize import Order
+    from stepwell.ship.source import folder_of
+
+    chosen = "rtn" if method == "auto" and data is None and folder_of(model) is not None else method
+    order = Order(target, chosen, bits, block, tolerance, steps, rate, tuple(skip or ()), seed, force)
+    _ = order.grid
+    check_place(out, force=force)
+    with redirect_stdout(sys.stderr):  # what the user's own code prints must not stand between the results, JSON above all
+        shipped = run(model, data, out, order, batches, window)
+    if json:
+        print_json(as_results(shipped))
+    else:
+        show(shipped)
+    if open_page:
+        open_in_browser(Path(shipped.out) / PAGE_FILE)
+    if not shipped.certificate.passed:
+        raise typer.Exit(1)
+
+
+def run(model: str, data: Path | None, out: Path, order: Any, batches: int, window: int | None) -> "Shipped":
+    """Load, quantize and write, with a bar on standard error."""
+    from dataclasses import replace
+
+    from stepwell.commands.quantize_page import page
+    from stepwell.report import render
+    from stepwell.ship.choice import TRAINED
+    from stepwell.ship.quantize import quantize as ship
+    from stepwell.ship.source import open_source
+
+    limit = batches + (order.steps if order.method in ("auto", *TRAINED) else 0)
+    with progress_bar() as progress:
+        progress("loading", 0, 1)
+        source = open_source(model, data, limit=limit, window=window)
+        with ship(source, order, out, progress=progress) as draft:
+            shipped = replace(draft, out=str(out.absolute()))
+            folder = Path(draft.out)
+            (folder / RESULTS_FILE).write_text(dumped(as_results(shipped)), encoding="utf-8")
+            (folder / PAGE_FILE).write_text(render(page(shipped)), encoding="utf-8")
+    return shipped
+
+
+@contextmanager
+def progress_bar() -> Iterator["Progress"]:
+    """Yield a function that shows what is being done, on standard error, where somebody is there to see it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda words, done, total: bar.update(task, description=f"{words[:48]:<48}", completed=done, total=total)
+
+
+def as_results(shipped: "Shipped") -> dict[str, Any]:
+    """Return everything that is known about an artifact, as names and numbers."""
+    derived = {"bits_per_weight": shipped.bits, "within_tolerance": shipped.within, "passed": shipped.certificate.passed}
+    return {**derived, **as_mapping(shipped), "certificate": shipped.certificate.to_dict()}
+
+
+def show(shipped: "Shipped") -> None:
+    """Print what a person wants to know, the command that serves it last."""
+    from stepwell.commands.quantize_words import compared, headline, lost, reasons
+
+    worst = sorted(shipped.weights, key=lambda one: -one.error)[:MOST_ROWS]
+    rows = [
+        {"weight": one.name, "shape": list(one.shape), "bits": one.bits, "error": one.error, "note": one.method} for one in worst
+    ]  # fmt: skip
+    more = f", the {len(rows)} that rounding moved most" if len(rows) < len(shipped.weights) else ""
+    print_table(rows, title=f"{shipped.target}, {shipped.grid}: {len(shipped.weights)} weights{more}", note="")
+    lines = [headline(shipped), *reasons(shipped), *lost(shipped), *compared(shipped.certificate), *shipped.notes]
+    lines += [f"In float: {name} ({why})" for name, why in list(shipped.floats.items())[:MOST_ROWS]]
+    if len(shipped.floats) > MOST_ROWS:
+        lines.append(f"and {len(shipped.floats) - MOST_ROWS} more in float, in the certificate.")
+    lines += [f"Certificate: {Path(shipped.out) / PAGE_FILE}", "Serve it:", *(f"  {line}" for line in shipped.serve.splitlines())]
+    console().print(*lines, sep="\n", highlight=False, soft_wrap=True)
