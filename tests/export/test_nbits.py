@@ -26,6 +26,12 @@ HOLDABLE = [
     sw.int4(block=32, scale_dtype="e4m3"),
     sw.intn(4, block=32, axis=0, levels="affine"),
     sw.intn(8, block="channel", axis=0),
+    sw.intn(4, block=None, axis=0),
+    sw.target("onnx:matmulnbits", bits=2),
+    sw.int2(block=16, levels="affine"),
+    sw.int2(block=256),
+    sw.int2(block="channel", levels="affine"),
+    sw.ternary(block=64),
 ]
 
 
@@ -96,6 +102,16 @@ def test_four_bit_bytes_by_hand():
     assert parts["zero_points"].tolist() == [0x03, 0x0F]
 
 
+def test_two_bit_bytes_by_hand():
+    """Codes -2..1 become 0..3, four to a byte, the first in the lowest bits; a row's five zero points take two bytes."""
+    codes = torch.tensor([[-2, -1, 0, 1, 1, 0, -1, -2, *[0] * 8]], dtype=torch.int8)
+    parts = nbits.to_inputs(nbits.hold(Encoded(codes, torch.tensor([[-0.5]]), sw.int2(block=16, levels="full"))))
+    assert parts["codes"].tolist() == [[[0b11100100, 0b00011011, 0b10101010, 0b10101010]]]
+    codes = torch.arange(80, dtype=torch.uint8).reshape(1, 80) % 4
+    encoded = Encoded(codes, torch.ones(1, 5), sw.int2(block=16, levels="affine"), zero_points=torch.tensor([[3.0, 0.0, 1.0, 2.0, 1.0]]))
+    assert nbits.to_inputs(nbits.hold(encoded))["zero_points"].tolist() == [0b10010011, 0b00000001]
+
+
 def test_long_blocks_are_split_and_their_scales_repeated():
     held = nbits.hold(sw.int4(block="channel").encode(weight()))
     assert held.block == 256  # the longest block that divides 768
@@ -127,8 +143,7 @@ def test_inputs_that_no_block_divides_are_refused(span):
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        (sw.ternary(), "got ternary"),
-        (sw.int2(), "got int2"),
+        (sw.int2(levels="mid"), "got int2/mid"),
         (sw.int3(), "got int3"),
         (sw.intn(5), "got int5"),
         (sw.int4(levels="mid"), "got int4/mid"),
@@ -137,7 +152,6 @@ def test_inputs_that_no_block_divides_are_refused(span):
         (sw.int4(block=8), "one scale for 8 inputs"),
         (sw.int4(block=24), "one scale for 24 inputs"),
         (sw.intn(4, compute="bf16"), "compute='bf16'"),
-        (sw.intn(4, block=None, axis=0), "axis=0"),
     ],
 )
 def test_other_grids_are_refused_by_name(grid, words):

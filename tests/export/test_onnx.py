@@ -232,7 +232,7 @@ def broken(kind: str):
     if kind in ("branching", "fixed batch"):
         model = Branching() if kind == "branching" else Fixed()
         encoded = sw.ptq.rtn(model, sw.int4())
-    grids = {"ternary": sw.ternary(), "int3": sw.int3(), "mid": sw.int4(levels="mid"), "short": sw.int4(block=8)}
+    grids = {"fp4": sw.fp4(), "int3": sw.int3(), "mid": sw.int4(levels="mid"), "short": sw.int4(block=8)}
     if kind in grids:
         encoded["3.weight"] = grids[kind].encode(model[3].weight)
     if kind == "name":
@@ -247,8 +247,8 @@ def broken(kind: str):
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
-        ("ternary", ValueError, "3.weight.*ternary.*int4 and int8"),
-        ("int3", ValueError, "3.weight.*int3.*int4 and int8"),
+        ("fp4", ValueError, "3.weight.*int2, int4, int8.*fp4_e2m1"),
+        ("int3", ValueError, "3.weight.*int2, int4, int8.*int3.*Targets that hold it: .*torchao:int3"),
         ("mid", ValueError, "3.weight.*int4/mid.*'symmetric', 'full' or 'affine'"),
         ("short", ValueError, "3.weight.*blocks of 16, 32, 64, 128, 256"),
         ("name", ValueError, "`encoded` names '7.weight'"),

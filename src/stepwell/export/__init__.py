@@ -2,7 +2,8 @@
 
 from stepwell.export.certificate import Cause, Certificate, Layer
 from stepwell.export.exported import Exported
-from stepwell.export.onnx import onnx
+from stepwell.export.gguf import gguf
+from stepwell.export.onnx import onnx, onnx_qdq
 from stepwell.export.parity import verify
 
-__all__ = ["Cause", "Certificate", "Exported", "Layer", "onnx", "verify"]
+__all__ = ["Cause", "Certificate", "Exported", "Layer", "gguf", "onnx", "onnx_qdq", "verify"]

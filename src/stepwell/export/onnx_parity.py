@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stepwell.export import nbits, onnx_file
+from stepwell.export import nbits, onnx_file, onnx_held, qdq
 from stepwell.export.certificate import Certificate, Layer
 from stepwell.export.deployed import owners, plain
 from stepwell.export.extras import need
+from stepwell.export.onnx_held import Held
 from stepwell.export.outputs import certify, compare
 from stepwell.quantizers import Encoded
 
@@ -34,27 +36,32 @@ def _against_encoded(file: onnx_file.OnnxFile, model: nn.Module, encoded: Mappin
     claimed: set[str] = set()
     for name, weight in encoded.items():
         aliases = {alias for alias, parameter in parameters.items() if parameter is parameters[name]}
-        expected = nbits.hold(weight) if weight.codes.ndim == 2 and nbits.refusal(weight) is None else None
-        products = [product for product in file.products if product.parameter in aliases]
-        if not products and expected is not None:  # files of others have other names, and equal operators may have been merged
-            products = [product for product in file.products if _same(product.held, expected)]
-        claimed.update(product.node for product in products)
-        if products and expected is not None:
-            layers.append(_layer(name, products, expected, file.floats.get(name, "")))
-        else:
-            layers.append(_float_layer(name, weight, file))
+        wanted = {operator: _expected(weight, operator) for operator in (nbits.OPERATOR, qdq.OPERATOR)}
+        pairs = [(product, wanted[product.operator]) for product in file.products]
+        own = [(product, held) for product, held in pairs if held is not None and product.parameter in aliases]
+        if not own:  # files of others have other names, and equal operators may have been merged
+            own = [(product, held) for product, held in pairs if held is not None and product.held.same(held)]
+        claimed.update(product.node for product, _ in own)
+        layers.append(_layer(name, own, file.floats.get(name, "")) if own else _float_layer(name, weight, file))
     for product in file.products:
         if product.node not in claimed:
             layers.append(Layer(product.parameter, 1, _grid(product), False, False, False, "in the file, but not in `encoded`"))
     return layers
 
 
-def _layer(name: str, products: list[onnx_file.Product], expected: nbits.Held, also: str) -> Layer:
+def _expected(weight: Encoded, operator: str) -> Held | None:
+    """Return what an operator should hold for a weight; None where it cannot hold it."""
+    if operator == qdq.OPERATOR:
+        return qdq.hold(weight) if qdq.refusal(weight) is None else None
+    return nbits.hold(weight) if weight.codes.ndim == 2 and nbits.refusal(weight) is None else None
+
+
+def _layer(name: str, products: list[tuple[onnx_file.Product, Held]], also: str) -> Layer:
     """Compare the operators of one weight with what they should hold."""
     notes = [also] if also else []
     codes = scales = values = True
-    for product in products:
-        held = product.held
+    for product, whole in products:
+        held, expected = product.held, whole if product.rows is None else whole.rows(*product.rows)
         if held.codes.shape != expected.codes.shape or held.scales.shape != expected.scales.shape or held.bits != expected.bits:
             codes = scales = values = False
             notes.append(f"{product.node} has shape {held.codes.shape}, {held.bits} bits, block {held.block}")
@@ -67,7 +74,7 @@ def _layer(name: str, products: list[onnx_file.Product], expected: nbits.Held, a
             notes.append(f"{wrong_codes} of {held.codes.size} codes differ")
         if wrong_scales:
             notes.append(f"{wrong_scales} of {held.scales.size} scales differ")
-    return Layer(name, len(products), _grid(products[0]), codes, scales, values, "; ".join(notes))
+    return Layer(name, len(products), _grid(products[0][0]), codes, scales, values, "; ".join(notes))
 
 
 def _float_layer(name: str, weight: Encoded, file: onnx_file.OnnxFile) -> Layer:
@@ -77,27 +84,28 @@ def _float_layer(name: str, weight: Encoded, file: onnx_file.OnnxFile) -> Layer:
         return Layer(name, 0, "-", False, False, False, "not in the file, and not listed as float")
     stored = file.arrays.get(name)
     equal = None if stored is None else np.array_equal(stored, plain(weight.decode()).numpy())
-    if equal is False and reason.endswith(nbits.FOLDED):
+    if equal is False and reason.endswith(onnx_held.FOLDED):
         equal = None
     return Layer(name, 0, "float", None, None, equal, reason)
 
 
 def _against_model(file: onnx_file.OnnxFile, model: nn.Module) -> list[Layer]:
-    """Compare every decoded matrix of the file with the model's parameter of that name, or of that value."""
-    matrices = {name: plain(parameter).numpy() for name, parameter in owners(model).items() if parameter.ndim == 2}
+    """Compare every decoded weight of the file with the model's parameter of that name, or of that value."""
+    weights = {name: plain(parameter).numpy() for name, parameter in owners(model).items() if parameter.ndim > 1}
     layers = []
     for product in file.products:
         value = product.held.decode()
-        own = {product.parameter: matrices[product.parameter]} if product.parameter in matrices else matrices
-        name = next((name for name, matrix in own.items() if np.array_equal(matrix, value) or np.array_equal(matrix.T, value)), None)
+        own = {product.parameter: weights[product.parameter]} if product.parameter in weights else weights
+        name = next((name for name, weight in own.items() if _is(value, weight, product.rows)), None)
         note = "" if name else f"the model's {product.parameter} differs" if len(own) == 1 else "no parameter of the model has this value"
         layers.append(Layer(name or product.parameter, 1, _grid(product), None, None, name is not None, note))
     return layers
 
 
-def _same(one: nbits.Held, two: nbits.Held) -> bool:
-    parts = ((one.codes, two.codes), (one.scales, two.scales), (one.zeros, two.zeros))
-    return one.bits == two.bits and all(np.array_equal(a, b) for a, b in parts)
+def _is(value: NDArray[np.float32], weight: NDArray[np.float32], rows: tuple[int, int] | None) -> bool:
+    """Whether rows of outputs are those of a parameter, which may be stored as `(inputs, outputs)`."""
+    layouts = [weight, weight.T] if weight.ndim == 2 else [weight.reshape(len(weight), -1)]
+    return any(np.array_equal(value, layout if rows is None else layout[slice(*rows)]) for layout in layouts)
 
 
 def _grid(product: onnx_file.Product) -> str:

@@ -82,13 +82,14 @@ def open_axes(example: tuple[Tensor, ...], sequence: int | None) -> list[dict[in
     return [{axis: name for axis, name in wanted.items() if axis < part.ndim and part.shape[axis] == first[axis]} for part in example]
 
 
-def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[int, str]]) -> Any:
+def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[int, str]], opset: int | None = None) -> Any:
     """Trace a model into torch's ONNX program, not yet optimized: every parameter is still an initializer of its own name and shape.
 
     Args:
         model: in evaluation mode, on the CPU.
         example: inputs; an open axis of length one is repeated first, because tracing would take a one for a constant.
         axes: open axes of every input, from `open_axes`.
+        opset: version of the ONNX operators; None is the exporter's own.
 
     Raises:
         ValueError: the model does not run on the example.
@@ -99,9 +100,9 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
     inputs = tuple(_at_least_two(part, list(opened)) for part, opened in zip(example, axes, strict=True))
     compute(model, example)  # tracing would take some inputs that the model does not, such as integers for numbers
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _without_cache(model):
             traced = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if _takes_any(model) else shapes, strict=False)
-            program = torch.onnx.export(traced, dynamo=True, optimize=False, verbose=False)
+            program = torch.onnx.export(traced, dynamo=True, optimize=False, verbose=False, opset_version=opset)
             assert program is not None
             _name_axes(program, axes)
     except Exception as error:  # the exporter raises whatever its parts raise
@@ -124,6 +125,20 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Switch off the cache of keys and values that transformers' models return unless told not to: a graph has no place for it."""
+    configurations: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    switched = [part for part in {id(part): part for part in configurations}.values() if getattr(part, "use_cache", None) is True]
+    for part in switched:
+        part.use_cache = False
+    try:
+        yield
+    finally:
+        for part in switched:
+            part.use_cache = True
 
 
 def _takes_any(model: nn.Module) -> bool:
