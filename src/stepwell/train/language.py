@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepwell.export.extras import need
+from stepwell.export.extras import need, quiet
 from stepwell.train.recipe import Architecture
 
 SPREAD = 0.02  # standard deviation of the initial weights
@@ -32,6 +32,50 @@ def build(architecture: Architecture, *, length: int, seed: int) -> nn.Module:
     if architecture.width % architecture.heads:
         raise ValueError(f"`heads` must divide `width`: got {architecture.heads} for {architecture.width}.")
     need("transformers", extra="hf")
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _made(architecture, length)
+
+
+def load_folder(folder: Path, *, length: int) -> nn.Module:
+    """Return the model of a Hugging Face folder in float32; only safetensors are read, and code in the folder is never run.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: no model there, weights that do not fill it, or a model that reads fewer tokens at once than `length`.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"`start` must be a Hugging Face folder with config.json and safetensors, or an earlier run: got {folder}.")
+    need("transformers", extra="hf")
+    try:
+        with quiet():
+            model, told = _read(folder)
+    except Exception as error:  # transformers raises whatever the file format, the config or the architecture meet
+        raise ValueError(f"`start`: {folder} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    lacking = sorted([*told["missing_keys"], *(str(one) for one in told["mismatched_keys"])])
+    if lacking:
+        raise ValueError(f"`start`: the files in {folder} lack or misfit {len(lacking)} weights such as {lacking[0]}.")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < length:
+        raise ValueError(f"`start`: the model in {folder} reads {longest} tokens at once, the recipe's `length` is {length}.")
+    model.config.use_cache = False
+    fresh: nn.Module = model
+    return fresh
+
+
+def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a folder and what transformers says of its weights."""
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+    )
+    return model, told
+
+
+def _made(architecture: Architecture, length: int) -> nn.Module:
+    """Return the model with weights from the global random state."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
     kind = LlamaConfig if architecture.family == "llama" else Olmo2Config
@@ -52,40 +96,8 @@ def build(architecture: Architecture, *, length: int, seed: int) -> nn.Module:
         eos_token_id=None,
         pad_token_id=None,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
-
-
-def load_folder(folder: Path, *, length: int) -> nn.Module:
-    """Return the model of a Hugging Face folder in float32; only safetensors are read, and code in the folder is never run.
-
-    Raises:
-        ModuleNotFoundError: transformers is not installed.
-        ValueError: no model there, weights that do not fill it, or a model that reads fewer tokens at once than `length`.
-    """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(f"`start` must be a Hugging Face folder with config.json and safetensors, or an earlier run: got {folder}.")
-    need("transformers", extra="hf")
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises whatever the file format, the config or the architecture meet
-        raise ValueError(f"`start`: {folder} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    lacking = sorted([*told["missing_keys"], *(str(one) for one in told["mismatched_keys"])])
-    if lacking:
-        raise ValueError(f"`start`: the files in {folder} lack or misfit {len(lacking)} weights such as {lacking[0]}.")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and longest < length:
-        raise ValueError(f"`start`: the model in {folder} reads {longest} tokens at once, the recipe's `length` is {length}.")
-    model.config.use_cache = False
-    fresh: nn.Module = model
-    return fresh
 
 
 def vocabulary_of(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stepwell.export.extras import quiet
 from stepwell.report import Axis, Panel, Series, draw, standalone
 from stepwell.storage import save
 from stepwell.train import metrics
@@ -25,7 +26,7 @@ from stepwell.train.ranks import whole
 from stepwell.train.session import Session
 from stepwell.train.tokens import TOKENIZER
 
-ENCODED, RESULTS, FIGURE = "encoded.safetensors", "results.json", "loss.svg"
+CONFIG, ENCODED, RESULTS, FIGURE = "config.json", "encoded.safetensors", "results.json", "loss.svg"
 POINTS = 200  # of a curve: more would not be seen
 
 
@@ -109,7 +110,10 @@ def _write_model(session: Session, folder: Path, weights: Mapping[str, torch.Ten
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     inner: Any = session.model
-    inner.save_pretrained(aside, state_dict=dict(weights))
+    with quiet():
+        inner.save_pretrained(aside, state_dict=dict(weights))
+    for path in aside.glob("*.safetensors"):
+        path.chmod((aside / CONFIG).stat().st_mode)  # safetensors makes files that only their owner can read
     for path in (session.tokens.folder / TOKENIZER).iterdir():
         shutil.copy(path, aside / path.name)
     if encoded:

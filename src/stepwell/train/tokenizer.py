@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stepwell.export.extras import need
+from stepwell.export.extras import need, quiet
 
 END = "<|endoftext|>"
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # what tokenizers call the end of a document
@@ -74,11 +74,12 @@ def end_of_document(tokenizer: Any) -> int | None:
 
 def save(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer in the hub's format: `AutoTokenizer.from_pretrained` reads it back."""
-    from transformers import PreTrainedTokenizerFast
-
     end = end_of_document(tokenizer)
     word = None if end is None else tokenizer.id_to_token(end)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=word).save_pretrained(folder)
+    with quiet():
+        from transformers import PreTrainedTokenizerFast
+
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=word).save_pretrained(folder)
 
 
 def _from_hub(name: str, local: bool) -> Any:

@@ -1,0 +1,139 @@
+"""`stepwell train RECIPE`: a language model from text to a folder that ships, resumable at any moment."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepwell.commands.files import check_folder
+from stepwell.commands.output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from stepwell.train.outcome import Outcome
+    from stepwell.train.pretrain import Seen, Watcher
+    from stepwell.train.recipe import Recipe
+
+RECIPE = "recipes.lm:NAME such as recipes.lm:int4_15m, or module:function or file.py:function, which returns a Recipe."
+DATA = "Text, JSONL or parquet (file or folder), or a dataset such as c4; the interpreter's own Python sources if left out."
+HEALTH = ("flips", "oscillation", "dead", "clipped")
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help=RECIPE)],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    data: Annotated[str | None, typer.Option(help=DATA, show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest whole checkpoint.")] = False,
+    start: Annotated[Path | None, typer.Option(help="Hugging Face folder, or an earlier run's, to go on from.", show_default=False)] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder, tokenizer.json or bytes; trained on the data if left out.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of the recipe's.", show_default=False)] = None,
+    micro: Annotated[int | None, typer.Option(help="Sequences at once in memory; the result does not change.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and draws, in place of the recipe's.", show_default=False)] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    track: Annotated[str | None, typer.Option(help="tensorboard or wandb, besides metrics.jsonl.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Train a language model by a recipe, for a grid or in full precision; measure it rounded, and write a model that ships."""
+    check_folder(out)
+    from stepwell.recipes.find import find
+    from stepwell.train.outcome import as_mapping, finish
+    from stepwell.train.pretrain import pretrain
+
+    wanted = changed(find(recipe), steps=steps, micro=micro, seed=seed, save_every=save_every, compiled=compiled)
+    tracker = tracker_of(track)
+    with bar(wanted) as watch:
+        session = pretrain(wanted, out, data=data, tokenizer=tokenizer, start=start, resume=resume, track=tracker, watch=watch)
+        outcome = finish(session, out)
+    if not session.ranks.first:
+        return
+    if json:
+        print_json(as_mapping(outcome))
+        return
+    print_table(summary(outcome), title=title(outcome), note=f"Held-out text. Model: {outcome.files['model']}")
+
+
+def changed(
+    recipe: "Recipe", *, steps: int | None, micro: int | None, seed: int | None, save_every: int | None, compiled: bool
+) -> "Recipe":
+    """Return a recipe with what the command line asks for; a shorter run warms up for a tenth of it at most."""
+    from dataclasses import replace
+
+    given = {"steps": steps, "micro": micro, "seed": seed, "save_every": save_every, "compile": compiled or None}
+    asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if steps is not None and steps > 0:
+        asked["warmup"] = min(recipe.warmup, steps // 10)
+    return replace(recipe, **asked)
+
+
+def tracker_of(name: str | None) -> Any:
+    """Return the tracker's name, once it is one that is known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in (None, "tensorboard", "wandb"):
+        raise ValueError(f"`track` must be tensorboard or wandb: got {name!r}.")
+    return name
+
+
+@contextmanager
+def bar(recipe: "Recipe") -> Iterator["Watcher"]:
+    """Show a progress bar on standard error, in the first process, and yield what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from stepwell.train.ranks import here
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not here().first) as progress:
+        task = progress.add_task("reading the data", total=recipe.steps)
+        known: dict[str, float] = {}
+
+        def watch(seen: "Seen") -> None:
+            known.update(seen.values)
+            if seen.words and not seen.words.endswith("tokens"):
+                progress.console.print(seen.words, highlight=False)
+            words = described(known) if known else seen.words
+            progress.update(task, completed=seen.step, description=words)
+
+        yield watch
+
+
+def described(values: dict[str, float]) -> str:
+    """Return the newest numbers of a run in one line.
+
+    >>> described({"loss": 2.5, "tokens_per_second": 1234.5, "quantized_loss": 2.625, "flips": 0.01})
+    'loss 2.5000  quantized 2.6250  1,234 tokens/s  flips 1.0 %'
+    """
+    parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
+    if "quantized_loss" in values:
+        parts.append(f"quantized {values['quantized_loss']:.4f}")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    parts += [f"{name} {100 * values[name]:.1f} %" for name in HEALTH if values.get(name, float("nan")) == values.get(name)]
+    return "  ".join(parts)
+
+
+def title(outcome: "Outcome") -> str:
+    """Return what was trained, in one line."""
+    on_grid = f", {outcome.quantized / 1e6:.2f} on the grid" if outcome.quantized else ""
+    return (
+        f"{outcome.recipe}: {outcome.method}, {outcome.quantizer}; {outcome.parameters / 1e6:.2f} million parameters{on_grid}; "
+        f"{outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def summary(outcome: "Outcome") -> list[dict[str, object]]:
+    """Return the rows of the terminal's table."""
+    from math import exp
+
+    words = {"latent": "float", "nearest": "rounded to nearest (RTN)", "randomized": "rounded at random (RR)"}
+    return [
+        {"weights": words[name], "loss_in_nats_per_token": f"{loss:.4f}", "perplexity": f"{exp(min(loss, 50)):.2f}"}
+        for name, loss in outcome.losses._asdict().items()
+    ]
