@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,15 @@ def test_page_says_what_the_results_say(told, results):
         assert arm in text
     assert text.count("<figcaption>") == text.count("<svg") == text.count("<details>") == 6
     assert (told / PICTURE_FILE).stat().st_size < 200_000
+
+
+def test_the_page_says_where_the_penalty_exceeds_its_bound(told, results):
+    """And nothing where it does not: a sentence per method and width, with the count of the record."""
+    counts = Counter((trial["arm"], trial["bits"]) for trial in results["trials"] if trial["beyond_bound"])
+    text = re.sub(r"\s+", " ", (told / PAGE_FILE).read_text(encoding="utf-8"))
+    assert ("exceeds its stability bound" in text) == bool(counts)
+    for (arm, bits), count in counts.items():
+        assert f"{count} of 2 runs of {arm} at {bits} bits" in text
 
 
 def test_distances_are_shares(results):

@@ -1,11 +1,13 @@
 """The comparison is fair: same start, same batches, same steps; scores say what they claim."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from stepwell.methods.base import Method
+from stepwell.methods.lotion import lotion
 from stepwell.presets import int2, int4, int8
 from stepwell.recipes.digits import digits as recipe
 from stepwell.rounding import stochastic
@@ -108,3 +110,17 @@ def test_trained_weights_are_on_the_grid_and_latents_are_not(digits):
             weight = network.model.get_parameter(name)
             assert torch.equal(weight, encoded.decode()), trial.arm
             assert not torch.equal(weight, network.latent[name])
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_run_says_of_its_penalty_is_in_the_record_and_not_on_the_screen(digits):
+    """Forty times theory's unit is beyond the bound of 2 at 2 bits; a thousandth of it is not. Other warnings come through."""
+    arms = tuple(Arm(str(strength), lambda q, terms, s=strength: lotion(q, strength=s, loss_terms=terms)) for strength in (1e-3, 40.0))
+    found = [trial for trial, _ in compare(tiny(arms=arms, seeds=(0,), lrs=(1e-3,), grids=((2, int2()),)), digits, lambda _: None)]
+    assert [(trial.arm, trial.beyond_bound) for trial in found[1:]] == [("0.001", False), ("40.0", True)]
+
+    def loud(quantizer, _):
+        return Method(quantizer, "loud", deploy=lambda weight, _: warnings.warn("look here", stacklevel=1) or weight)
+
+    with pytest.warns(UserWarning, match="look here"):
+        list(compare(tiny(arms=(Arm("loud", loud),), seeds=(0,), lrs=(1e-3,), grids=((2, int2()),)), digits, lambda _: None))

@@ -206,4 +206,4 @@ def beyond_bound(story: Story) -> str:
         return ""
     runs = len(story.config.seeds) * len(story.config.lrs)
     told = ", ".join(f"{count} of {runs} runs of {arm} at {bits} bits" for (arm, bits), count in sorted(counted.items()))
-    return f"In {told} that exceeds the penalty's stability bound: there the penalty, more than the task, decides where weights go."
+    return f"In {told} the penalty exceeds its stability bound: there it decides where weights go, more than the task does."

@@ -25,6 +25,14 @@ SLACK = 1e-5  # of the grid's range: float error is no saturation
 SAMPLE = 1 << 20  # weights of a parameter that are looked at
 
 
+class SaturationWarning(UserWarning):
+    """Weights lie outside a grid whose randomized rounding a method takes for unbiased."""
+
+
+class StrengthWarning(UserWarning):
+    """A penalty exceeds its stability bound."""
+
+
 def watch(run: Counted, managed: Sequence[Managed]) -> None:
     """Look at the grids now and at the penalties' strength after some steps."""
     _say_saturation([one for one in managed if one.method.unbiased and one.begun and one.source.numel()])
@@ -59,6 +67,7 @@ def _say_saturation(managed: list[Managed]) -> None:
             f"{first.quantizer} saturates: {outside:,} of {elements:,} weights, such as some of {first.name!r}, lie outside it. "
             f"{first.method.name!r} takes randomized rounding for unbiased; it makes these smaller by {shifted / size:.2%} on average. "
             "Use levels='symmetric' or a scale rule that rounds up (`mxfp4()`), or learn the scales (`learned(method)`).",
+            SaturationWarning,
             stacklevel=5,  # the caller of `attach`; torch.no_grad is a frame of its own
         )
 
@@ -75,6 +84,7 @@ def _say_bound(run: Counted, managed: Sequence[Managed]) -> bool:
         f"the penalty of {one.method.name!r} on {one.name!r} exceeds its stability bound: strength * loss terms * scale * root mean square "
         f"gradient is {value:.3g} or more for a tenth of the weights, and may be {BOUND:g}. Beyond it the penalty, not the task, decides "
         f"where weights go. Divide `strength` (or `loss_terms`) by {value / BOUND:.2g}, or use `prox(q, ..)`, which is always stable.",
+        StrengthWarning,
         stacklevel=2,
     )
     return True

@@ -20,6 +20,7 @@ from stepwell.ptq import rtn
 from stepwell.quantizers import Encoded, Quantizer
 from stepwell.rounding import stochastic
 from stepwell.run.attach import attach
+from stepwell.run.notices import SaturationWarning, StrengthWarning
 from stepwell.scales import Rule
 from stepwell.train.data import Digits, Images, batches
 from stepwell.train.loop import Score, evaluate, fit
@@ -64,7 +65,10 @@ class Comparison:
 
 
 class Trial(NamedTuple):
-    """One trained and rounded network: scores on validation images (nearest) and on test images (nearest, randomized, latent weights)."""
+    """One trained and rounded network: scores on validation images (nearest) and on test images (nearest, randomized, latent weights).
+
+    `beyond_bound`: whether the run said that its penalty exceeds the stability bound.
+    """
 
     arm: str
     bits: int
@@ -74,14 +78,16 @@ class Trial(NamedTuple):
     nearest: Score
     randomized: Score
     latent: Score
+    beyond_bound: bool = False
 
 
 class Network(NamedTuple):
-    """What a trial leaves behind: the latent weights, the encoded ones, and the model holding the encoded ones."""
+    """What a trial leaves behind: the latent weights, the encoded ones, the model holding the encoded ones, and what its run said."""
 
     model: nn.Module
     latent: dict[str, Tensor]
     encoded: dict[str, Encoded]
+    beyond_bound: bool = False
 
 
 def count_fits(config: Comparison) -> int:
@@ -118,7 +124,8 @@ def compare(config: Comparison, digits: Digits, fitted: Callable[[str], None]) -
                     else:
                         network = _trained(config, base, later, method=arm.method(q, config.batch), lr=lr)
                         fitted(f"seed {seed}, {bits} bits, {arm.name}")
-                    yield Trial(arm.name, bits, lr, seed, *scores(network, q, digits, draws=config.draws)), network
+                    found = scores(network, q, digits, draws=config.draws)
+                    yield Trial(arm.name, bits, lr, seed, *found, beyond_bound=network.beyond_bound), network
 
 
 def scores(network: Network, quantizer: Quantizer, digits: Digits, *, draws: int) -> tuple[Score, Score, Score, Score]:
@@ -166,14 +173,18 @@ def _trained(config: Comparison, base: nn.Module, data: Sequence[Images], *, met
     """Train a copy of the base with a method attached, on the batches that full precision saw."""
     model = copy.deepcopy(base)
     optimizer, scheduler = _optimizer(config, model, lr, len(data))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*saturates")  # a runtime's grid is what it is, and every run would say so again
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         run = attach(model, method, optimizer, compile=False)  # a network this small would not pay for it
-    fit(model, data, optimizer=optimizer, scheduler=scheduler)
+        fit(model, data, optimizer=optimizer, scheduler=scheduler)
+    for one in said:  # a runtime's grid is what it is, and every run would say so again; a penalty's strength goes into the record
+        if not issubclass(one.category, SaturationWarning | StrengthWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     with run.latent():
         latent = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     encoded = run.finalize()
-    return Network(model, {name: latent[name] for name in encoded}, encoded)
+    beyond = any(issubclass(one.category, StrengthWarning) for one in said)
+    return Network(model, {name: latent[name] for name in encoded}, encoded, beyond)
 
 
 def _rounded(control: nn.Module, quantizer: Quantizer) -> Network:
