@@ -39,7 +39,7 @@ def test_families_take_bits():
         (sw.ternary(block=256, scale_dtype="fp16"), {"gguf:tq1_0", "gguf:tq2_0", "compressed-tensors:int2"}, {"gguf:mxfp4"}),
         (sw.mxfp4(rule="floor"), {"gguf:mxfp4", "compressed-tensors:mxfp4"}, {"compressed-tensors:nvfp4"}),
         (Q4_1, {"gguf:q4_1", "safetensors"}, {"onnx:matmulnbits", "compressed-tensors:int4"}),
-        (sw.int4(levels="affine"), {"onnx:matmulnbits", "compressed-tensors:int4"}, {"gguf:q4_1"}),
+        (sw.int4(levels="affine"), {"onnx:matmulnbits", "torchao:int4"}, {"gguf:q4_1", "compressed-tensors:int4"}),
         (sw.int4(block=None), {"safetensors"}, {"compressed-tensors:int4", "onnx:matmulnbits"}),
         (sw.intn(4, levels="mid"), {"safetensors"}, {"onnx:matmulnbits", "torchao:int4"}),
     ],

@@ -73,7 +73,7 @@ def _packed(bits: int) -> Target:
     kernels = "vLLM has kernels for it" if bits in (4, 8) else "read by transformers; vLLM has kernels for 4 and 8 bits only"
     grid = intn(bits, block=32, levels="full" if bits < 8 else "symmetric", scale_dtype="bf16")
     note = f"compressed-tensors, {bits}-bit codes packed, bfloat16 scales, which float32 and bfloat16 models both hold; {kernels}."
-    others: tuple[Levels, ...] = ("symmetric", "full", "affine")
+    others: tuple[Levels, ...] = ("symmetric", "full")
     return Target(f"compressed-tensors:int{bits}", grid, (bits,), (*_MARLIN, ANY), note, others, ("fp32", "fp16"), _HALVES)
 
 

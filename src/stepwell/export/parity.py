@@ -1,18 +1,24 @@
 """Parity: is what was trained what runs? Picks the check that fits an artifact, by what the artifact is."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from stepwell.export import codes_parity, gguf_parity, onnx_parity
+from stepwell.export import codes_parity, compressed_tensors_parity, gguf_parity, onnx_parity, torchao_parity
 from stepwell.export.certificate import Certificate
 from stepwell.export.deployed import check_encoded
 from stepwell.export.trace import check_example
 from stepwell.quantizers import Encoded
 
 _FILES = {".onnx": onnx_parity.check, ".gguf": gguf_parity.check, ".safetensors": codes_parity.check}
-KINDS = "an .onnx file, a .gguf file, a .safetensors file of `stepwell.save`"
+_FOLDERS = {"compressed-tensors": compressed_tensors_parity.check, "torchao": torchao_parity.check}
+KINDS = (
+    "an .onnx file, a .gguf file, a .safetensors file of `stepwell.save`, or a folder with a config.json that names compressed-tensors or "
+    "torchao"
+)
+LARGEST = 1 << 26  # bytes of a config.json: those of the largest models take some thousands
 
 
 def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Mapping[str, Encoded] | None = None) -> Certificate:
@@ -24,7 +30,7 @@ def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], enco
     grid weights.
 
     Args:
-        path: what an export wrote: an `.onnx`, `.gguf` or `.safetensors` file.
+        path: what an export wrote: an `.onnx`, `.gguf` or `.safetensors` file, or the folder of a transformers model.
         model: the module that was exported.
         example: real inputs, best a batch of held-out data.
         encoded: the weights that were exported, by parameter name. Without them the model itself must hold the grid weights: values are
@@ -40,6 +46,26 @@ def verify(path: str | Path, model: nn.Module, example: tuple[Tensor, ...], enco
     path = Path(path)
     check_example(example)
     check_encoded(model, {} if encoded is None else encoded)
-    if path.suffix in _FILES and not path.is_dir():
+    if path.is_dir():
+        return _FOLDERS[_method(path)](path, model, example, encoded or {})
+    if path.suffix in _FILES:
         return _FILES[path.suffix](path, model, example, encoded or {})
     raise ValueError(f"`path` must be {KINDS}: got {path}{'' if path.exists() else ', which is not there'}.")
+
+
+def _method(folder: Path) -> str:
+    """Return how a folder says it is quantized.
+
+    Raises:
+        ValueError: it has no config, or is quantized in no known way.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or config.stat().st_size > LARGEST:
+        raise ValueError(f"`path` must be {KINDS}: {folder} has no config.json of at most {LARGEST:,} bytes.")
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"`path` must be {KINDS}: the config of {folder} has no readable `quantization_config` ({error!r}).") from error
+    if not isinstance(told, str) or told not in _FOLDERS:
+        raise ValueError(f"`path` must be {KINDS}: the config of {folder} names {told!r}.")
+    return told
