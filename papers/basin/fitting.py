@@ -88,14 +88,15 @@ def asked(name: str, runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if name in ("RTN", "GPTQ", "train") or run.gptq > ASKED]
 
 
-def coefficients(runs: Sequence[Run]) -> Coefficients:
-    """Return all formulas, fitted on these runs and no others, with their intervals; without scores."""
+def formulas(runs: Sequence[Run]) -> Coefficients:
+    """Return all formulas, fitted on these runs and no others, with their intervals; whole intervals decide, nothing is scored."""
     spans = {name: np.array([getattr(run, name) for run in runs], float) for name in ("rate", "steps", "weights", "rho_fn")}
     return Coefficients(
         floor=FLOOR,
         tolerance=REFERENCE,
         forecasts={name: forecast(name, runs) for name in FORECASTS},
         ranges={name: (float(np.nanmin(span)), float(np.nanmax(span))) for name, span in spans.items()},
+        shares=dict.fromkeys(("width", "probes", "early"), 1.0),
         scores=(),
         provenance={"networks": sorted({run.network for run in runs}), "rows": len(runs)},
     )
@@ -124,7 +125,7 @@ def fit(name: str, runs: Sequence[Run]) -> Forecast:
 
 def seen(name: str, run: Run) -> dict[str, float]:
     """Return a run's features as the library computes them."""
-    bare = Coefficients(FLOOR, REFERENCE, {}, {}, (), {})
+    bare = Coefficients(FLOOR, REFERENCE, {}, {}, {}, (), {})
     return bare.features(evidence(run, measured=name in ("probes", "early"), early=name == "early"))
 
 

@@ -14,7 +14,7 @@ GPTQ = Estimate("GPTQ", 0.2, 0.18, 0.22, True)
 
 
 def coefficients(**forecasts):
-    return Coefficients(0.003, 0.1, forecasts, {}, (), {})
+    return Coefficients(0.003, 0.1, forecasts, {}, {}, (), {})
 
 
 def test_formula_is_a_product_of_powers():
@@ -69,6 +69,17 @@ def test_first_method_that_is_surely_enough_is_taken(tolerance, method, increase
     assert (found, deciding.increase, safe(estimates, tolerance)) == (method, increase, sure)
 
 
+@pytest.mark.parametrize(("share", "method"), [(1.0, "uncertain"), (0.6, "uncertain"), (0.4, "GPTQ"), (0.0, "GPTQ")])
+def test_a_part_of_the_interval_may_decide(share, method):
+    # GPTQ leaves 0.2, 0.18 to 0.22: at 0.21 half of its upper arm is in the way
+    assert decide([RTN, GPTQ], 0.21, share=share)[0] == method
+    # a forecast of 0.05, 0.02 to 0.125 (a factor of 2.5): with half of it on the scale of factors, up to 0.05 * sqrt(2.5) = 0.079
+    train = Estimate("train", 0.05, 0.02, 0.125, False)
+    assert train.narrowed(0.5)[2:4] == pytest.approx((0.05 / 2.5**0.5, 0.05 * 2.5**0.5))
+    assert train.narrowed(1.0) == train
+    assert safe([RTN, GPTQ], 0.21) is None
+
+
 def test_older_formula_is_a_product_of_powers_with_a_floor():
     assert four_terms(1.0, 1.0, 1.0) == pytest.approx(math.exp(-0.79))
     for place, power in enumerate((0.61, 0.59, -0.28)):
@@ -91,6 +102,8 @@ def test_packaged_file_answers_everything_that_is_asked():
             assert 0 <= found.hits <= 1
             assert 0 <= found.uncertain <= 1
     assert held.score("probes", 0.02).tolerance == 0.05
+    assert set(held.shares) == {"width", "probes", "early"}
+    assert all(0 <= share <= 1 for share in held.shares.values())
     assert set(held.ranges) == {"rate", "steps", "weights", "rho_fn"}
     assert all(low <= high for low, high in held.ranges.values())
     assert held.provenance["networks"]

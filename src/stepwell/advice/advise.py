@@ -187,7 +187,8 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
     evidence, d20, calibrating, distance = _evidence(work, asked, plan)
     rho = _rho(work, asked, plan, distance, asked.tolerance)
     estimates, judged = work.coefficients.estimates(evidence), work.coefficients.judged(asked.tolerance)
-    method, deciding = decide(estimates, asked.tolerance, forecasts=judged)
+    share = work.coefficients.shares[_tier(asked)]
+    method, deciding = decide(estimates, asked.tolerance, share=share, forecasts=judged)
     shared = sum(width.cost.forward for key, found in work.widths.items() if key not in known for width in found)
     after = work.stage.cost
     said = reasons(
@@ -195,6 +196,7 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
         evidence,
         asked.tolerance,
         work.coefficients,
+        share=share,
         rho=rho,
         d20=d20,
         rounded_only=work.rounded_only.intersection(row.name for row in plan.rows),
@@ -211,6 +213,7 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
         tolerance=asked.tolerance,
         rho=rho,
         estimates=estimates,
+        share=share,
         safe=safe(estimates, asked.tolerance, forecasts=judged),
         hit_rate=work.coefficients.score(_tier(asked), asked.tolerance).hits if judged else math.nan,
     )

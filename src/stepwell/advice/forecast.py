@@ -36,6 +36,20 @@ class Estimate(NamedTuple):
     high: float
     measured: bool
 
+    def narrowed(self, share: float) -> "Estimate":
+        """Return the estimate with a part of its interval, on the scale on which its error was found: a forecast's is a factor.
+
+        >>> Estimate("GPTQ", 0.25, 0.0, 0.5, True).narrowed(0.5)[2:4], Estimate("train", 0.25, 0.0, 1.0, False).narrowed(0.5)[2:4]
+        ((0.125, 0.375), (0.125, 0.5))
+        """
+        value, low, high = self.increase, self.low, self.high
+        if share == 1 or not math.isfinite(value):
+            return self
+        if self.measured:
+            return self._replace(low=value - share * (value - low), high=value + share * (high - value))
+        factor = (high / value) ** share
+        return self._replace(low=value / factor, high=value * factor)
+
 
 class Evidence(NamedTuple):
     """What is known about one grid before a verdict.
@@ -105,6 +119,7 @@ class Coefficients:
         tolerance: at which rho_fn was measured.
         forecasts: name -> formula: "RTN", "GPTQ" and "train" from the width alone; "probes" and "early" for training.
         ranges: feature -> (least, largest) in the runs, with "weights" and "steps" among them.
+        shares: tier -> the part of each 90 % interval that has to lie on one side of the tolerance for an answer.
         scores: of the verdicts.
         provenance: the runs, in words and by digest.
     """
@@ -113,6 +128,7 @@ class Coefficients:
     tolerance: float
     forecasts: Mapping[str, Forecast]
     ranges: Mapping[str, tuple[float, float]]
+    shares: Mapping[Tier, float]
     scores: tuple[Score, ...]
     provenance: Mapping[str, object]
 
@@ -169,6 +185,7 @@ def parsed(text: str) -> Coefficients:
         tolerance=held["tolerance"],
         forecasts={name: Forecast(**one) for name, one in held["forecasts"].items()},
         ranges={name: (low, high) for name, (low, high) in held["ranges"].items()},
+        shares=held["shares"],
         scores=tuple(Score(**one) for one in held["scores"]),
         provenance=held["provenance"],
     )

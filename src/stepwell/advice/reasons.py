@@ -15,6 +15,7 @@ def reasons(
     tolerance: float,
     coefficients: Coefficients,
     *,
+    share: float,
     rho: float,
     d20: float | None,
     rounded_only: Collection[str],
@@ -24,6 +25,7 @@ def reasons(
 
     Args:
         estimates, evidence, tolerance, coefficients: what it was made from.
+        share: the part of each interval that decides.
         rho: rho_fn at the tolerance.
         d20: increase of the loss after 20 steps of an early run; None without one.
         rounded_only: weights that GPTQ could not calibrate.
@@ -32,7 +34,7 @@ def reasons(
     judged = coefficients.judged(tolerance)
     known = [one for one in estimates if one.measured or judged]
     for one in known:
-        yield _standing(one, tolerance)
+        yield _standing(one, tolerance, share)
         if one.high <= tolerance:
             break
     unsure = [one for one in known if one.low <= tolerance < one.high]
@@ -71,9 +73,12 @@ def hit_rate(score: Score, tolerance: float) -> str:
     )
 
 
-def _standing(one: Estimate, tolerance: float) -> str:
-    """Return where one method stands, in words."""
-    word = "enough" if one.high <= tolerance else "too much" if one.low > tolerance else "too close to call"
+def _standing(one: Estimate, tolerance: float, share: float) -> str:
+    """Return where one method stands, in words: for sure where its whole interval decides, most likely where its decisive part does."""
+    near = one.narrowed(share)
+    word = "enough" if near.high <= tolerance else "too much" if near.low > tolerance else "too close to call"
+    if near.high <= tolerance < one.high or one.low <= tolerance < near.low:
+        word += ", most likely"
     how = "measured" if one.measured else "forecast"
     name = "training" if one.method == "train" else one.method
     return f"{name} leaves {one.increase:+.3g} ({one.low:.3g} to {one.high:.3g}), {how}: {word}"

@@ -23,7 +23,7 @@ class Verdict:
 
     Attributes:
         method: the cheapest one that is sufficient: "RTN", "GPTQ" or "train"; "not reachable" where training as in the fitted runs is
-            expected to miss the tolerance; "uncertain" where the interval of the first candidate that is not ruled out contains it.
+            expected to miss the tolerance; "uncertain" where the first candidate that is not ruled out lies too close to it.
         predicted: increase of the loss that this method leaves; for "not reachable" that of training, for "uncertain" of the candidate.
         low, high: its 90 % interval: of the mean over batches for a measured increase, of earlier forecasts' errors for a forecast. A
             forecast's `low` of 0 stands for everything below the floor of the fit.
@@ -33,6 +33,8 @@ class Verdict:
         tolerance: the increase that counts as sufficient.
         rho: rounding distance in widths of the basin (rho_fn), at the tolerance.
         estimates: what each method was measured or forecast to leave, cheapest first; those that were not needed are missing.
+        share: the part of each 90 % interval that has to lie on one side of the tolerance for an answer: with it, answers for networks that
+            were left out of the fit were right in 98 %.
         safe: the cheapest method whose whole interval is within tolerance; None where there is none.
         hit_rate: how often such a verdict was right on networks that its coefficients were not fitted on, uncertain ones left out; NaN
             where nothing was judged at a tolerance like this.
@@ -48,6 +50,7 @@ class Verdict:
     tolerance: float
     rho: float
     estimates: tuple[Estimate, ...]
+    share: float
     safe: str | None
     hit_rate: float
 
@@ -82,11 +85,11 @@ class Advice(list[Verdict]):
     __repr__ = __str__
 
 
-def decide(estimates: Sequence[Estimate], tolerance: float, *, forecasts: bool = True) -> tuple[Method, Estimate]:
+def decide(estimates: Sequence[Estimate], tolerance: float, *, share: float = 1.0, forecasts: bool = True) -> tuple[Method, Estimate]:
     """Return the verdict over methods, cheapest first, and the estimate that it rests on.
 
-    A method is taken where its whole interval is within tolerance, ruled out where none of it is; in between nothing can be said. Nor can
-    it of anything that is not measured where `forecasts` is False.
+    A method is taken where its interval is within tolerance, ruled out where none of it is; in between nothing can be said. Nor can it of
+    anything that is not measured where `forecasts` is False. `share` is the part of the interval that counts.
 
     >>> rtn, gptq = Estimate("RTN", 0.3, 0.2, 0.4, True), Estimate("GPTQ", 0.05, 0.04, 0.06, True)
     >>> decide([rtn, gptq], 0.1)[0], decide([rtn, gptq], 0.05)[0], decide([rtn, gptq], 0.5)[0]
@@ -95,9 +98,10 @@ def decide(estimates: Sequence[Estimate], tolerance: float, *, forecasts: bool =
     for one in estimates:
         if not (one.measured or forecasts):
             return "uncertain", one
-        if one.high <= tolerance:
+        near = one.narrowed(share)
+        if near.high <= tolerance:
             return one.method, one
-        if one.low <= tolerance:
+        if near.low <= tolerance:
             return "uncertain", one
     return "not reachable", estimates[-1]
 
