@@ -17,6 +17,8 @@ class Layer:
         codes_equal, scales_equal: bit for bit, zero points with the codes; None where there is nothing to compare with.
         values_equal: whether the decoded weight in the file is the model's, bit for bit; None where it cannot be told apart.
         note: what differs, or why the weight is in float.
+        kernel: how the runtime was found to compute with it, on the inputs that it really got; empty where that was not looked at.
+        modelled: largest difference of its outputs from that, relative to their largest; None as well.
     """
 
     name: str
@@ -26,6 +28,13 @@ class Layer:
     scales_equal: bool | None
     values_equal: bool | None
     note: str = ""
+    kernel: str = ""
+    modelled: float | None = None
+
+    def __str__(self) -> str:
+        """Return what there is to say beyond the columns of the table."""
+        known = f"{self.kernel}, to {self.modelled:.0e}" if self.modelled is not None else ""
+        return "; ".join(part for part in (self.note, known) if part)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Certificate:
         lines = [f"{self.path} in {self.runtime} {self.version}: {self._verdict()}"]
         if not self.layers:
             return "\n".join([*lines, "no quantized weight was found in the file: nothing was compared but outputs", *self._outputs()])
-        for row, note in zip([head, *rows], ["", *(layer.note for layer in self.layers)], strict=True):
+        for row, note in zip([head, *rows], ["", *map(str, self.layers)], strict=True):
             lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), note]).rstrip())
         return "\n".join([*lines, *self._outputs()])
 

@@ -1,6 +1,8 @@
 """ONNX parity: what onnxruntime loaded from a file, against the model it came from."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,14 @@ from stepwell.export import nbits, onnx_file, onnx_held, qdq
 from stepwell.export.certificate import Certificate, Layer
 from stepwell.export.deployed import owners, plain
 from stepwell.export.extras import need
+from stepwell.export.onnx_causes import Subject, explain, worst
 from stepwell.export.onnx_held import Held
-from stepwell.export.outputs import certify, compare
+from stepwell.export.onnx_layers import Kernel
+from stepwell.export.onnx_write import data_files
+from stepwell.export.outputs import certify, digest
 from stepwell.quantizers import Encoded
+
+CLOSE = 1e-5  # of the largest output: a kernel that is understood
 
 
 def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Mapping[str, Encoded]) -> Certificate:
@@ -25,12 +32,20 @@ def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Ma
     """
     need("onnx", "onnxruntime", extra="onnx")
     file, session = onnx_file.read(path), onnx_file.load(path)
-    layers = _against_encoded(file, model, encoded) if encoded else _against_model(file, model)
-    runs = compare(model, encoded, session.run, example, axes=session.axes)
-    return certify(path, layers, runs, runtime="onnxruntime CPUExecutionProvider", version=session.version)
+    example = tuple(plain(part) for part in example)
+    subject = Subject(path, file, model, encoded, example, session.axes)
+    runs = subject.compare(session)
+    causes, kernels = explain(subject, worst(runs))
+    layers = _against_encoded(file, model, encoded, kernels) if encoded else _against_model(file, model, kernels)
+    runtime = "onnxruntime CPUExecutionProvider" + (f" with {qdq.OPTION}={nbits.FLOAT32}" if file.dequantized else "")
+    certificate = certify(path, layers, runs, runtime=runtime, version=session.version, causes=causes)
+    understood = all(layer.modelled is None or layer.modelled <= CLOSE for layer in layers)
+    return replace(certificate, sha256=_digest(path), passed=certificate.passed and (certificate.exact or understood))
 
 
-def _against_encoded(file: onnx_file.OnnxFile, model: nn.Module, encoded: Mapping[str, Encoded]) -> list[Layer]:
+def _against_encoded(
+    file: onnx_file.OnnxFile, model: nn.Module, encoded: Mapping[str, Encoded], kernels: Mapping[str, Kernel]
+) -> list[Layer]:
     """Compare every encoded weight with what the file holds for it, and name what else the file holds."""
     parameters, layers = owners(model), []
     claimed: set[str] = set()
@@ -42,11 +57,27 @@ def _against_encoded(file: onnx_file.OnnxFile, model: nn.Module, encoded: Mappin
         if not own:  # files of others have other names, and equal operators may have been merged
             own = [(product, held) for product, held in pairs if held is not None and product.held.same(held)]
         claimed.update(product.node for product, _ in own)
-        layers.append(_layer(name, own, file.floats.get(name, "")) if own else _float_layer(name, weight, file))
+        layer = _layer(name, own, file.floats.get(name, "")) if own else _float_layer(name, weight, file)
+        layers.append(_with_kernels(layer, [product.node for product, _ in own], kernels))
     for product in file.products:
         if product.node not in claimed:
             layers.append(Layer(product.parameter, 1, _grid(product), False, False, False, "in the file, but not in `encoded`"))
     return layers
+
+
+def _with_kernels(layer: Layer, nodes: list[str], kernels: Mapping[str, Kernel]) -> Layer:
+    """Add how the products of a weight were found to be computed."""
+    found = [kernels[node] for node in nodes if node in kernels]
+    if not found:
+        return layer
+    kinds = " and ".join(sorted({kernel.kind for kernel in found}))
+    return replace(layer, kernel=kinds, modelled=float(np.max([kernel.error for kernel in found])))
+
+
+def _digest(path: Path) -> str:
+    """Return the sha256 of a file; of a file and the data files beside it, that of their sums in order."""
+    parts = [path, *data_files(path)]
+    return digest(path) if len(parts) == 1 else sha256("\n".join(map(digest, parts)).encode()).hexdigest()
 
 
 def _expected(weight: Encoded, operator: str) -> Held | None:
@@ -89,7 +120,7 @@ def _float_layer(name: str, weight: Encoded, file: onnx_file.OnnxFile) -> Layer:
     return Layer(name, 0, "float", None, None, equal, reason)
 
 
-def _against_model(file: onnx_file.OnnxFile, model: nn.Module) -> list[Layer]:
+def _against_model(file: onnx_file.OnnxFile, model: nn.Module, kernels: Mapping[str, Kernel]) -> list[Layer]:
     """Compare every decoded weight of the file with the model's parameter of that name, or of that value."""
     weights = {name: plain(parameter).numpy() for name, parameter in owners(model).items() if parameter.ndim > 1}
     layers = []
@@ -98,7 +129,8 @@ def _against_model(file: onnx_file.OnnxFile, model: nn.Module) -> list[Layer]:
         own = {product.parameter: weights[product.parameter]} if product.parameter in weights else weights
         name = next((name for name, weight in own.items() if _is(value, weight, product.rows)), None)
         note = "" if name else f"the model's {product.parameter} differs" if len(own) == 1 else "no parameter of the model has this value"
-        layers.append(Layer(name or product.parameter, 1, _grid(product), None, None, name is not None, note))
+        layer = Layer(name or product.parameter, 1, _grid(product), None, None, name is not None, note)
+        layers.append(_with_kernels(layer, [product.node], kernels))
     return layers
 
 

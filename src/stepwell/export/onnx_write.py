@@ -1,13 +1,14 @@
 """Write an ONNX graph: the old file or the new one, never half of either; what is too large for one file goes into two."""
 
-import os
 import re
 import secrets
 from pathlib import Path
 from typing import Any
 
+from stepwell.export.aside import new_file
+
 LARGEST = 2**31 - 2**20  # bytes: protobuf holds two gigabytes, less a little for the graph itself
-THRESHOLD = 1024  # bytes of a tensor that stays in the graph's own file; shapes must
+THRESHOLD = 1024  # bytes: smaller tensors stay in the graph's own file, where shapes are looked for
 
 
 def write(model: Any, path: Path) -> None:
@@ -20,16 +21,14 @@ def write(model: Any, path: Path) -> None:
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data") if size > LARGEST else None
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     before = data_files(path)
     try:
-        if data is None:
-            ir.save(model, aside, format="protobuf")
-        else:
-            ir.save(model, aside, format="protobuf", external_data=data.name, size_threshold_bytes=THRESHOLD)
-        os.replace(aside, path)
+        with new_file(path) as aside:
+            if data is None:
+                ir.save(model, aside, format="protobuf")
+            else:
+                ir.save(model, aside, format="protobuf", external_data=data.name, size_threshold_bytes=THRESHOLD)
     except BaseException:
-        aside.unlink(missing_ok=True)
         if data is not None:
             data.unlink(missing_ok=True)
         raise
