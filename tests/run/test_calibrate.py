@@ -1,5 +1,6 @@
 """The number of loss terms, measured: a model that is right about its data has the Fisher information as curvature, and N is the batch."""
 
+import copy
 import warnings
 
 import pytest
@@ -73,6 +74,51 @@ def test_a_loss_that_is_a_sum_has_a_larger_curvature_and_no_other_terms():
         run = sw.attach(model, sw.lotion(sw.int4(block=8)), torch.optim.AdamW(model.parameters()))
         found.append(run.calibrate(lambda model, batch, factor=factor: factor * loss(model, batch), data).loss_terms)
     assert found[1] == pytest.approx(found[0] / 10, rel=1e-3)
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["a new run", "the run itself"])
+def test_calibrated_count_goes_with_the_state(fresh):
+    """Resumed from `optimizer.state_dict()` alone, a run goes on with the count that was measured, to the last bit."""
+    model, data = truthful()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = sw.attach(model, sw.lotion(sw.int4(block=8)), optimizer)
+    count = run.calibrate(loss, data[:10]).loss_terms
+    train(model, optimizer, data[:3], loss=cross_entropy)
+    held, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, data[3:6], loss=cross_entropy)
+    expected = weights(model)
+    if fresh:
+        run.detach()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        run = sw.attach(model, sw.lotion(sw.int4(block=8)), optimizer)
+        assert run.loss_terms is None
+    else:
+        assert run.calibrate(loss, data[20:24]).loss_terms != count
+    model.load_state_dict(held, strict=False)
+    optimizer.load_state_dict(state)
+    assert run.loss_terms == count
+    train(model, optimizer, data[3:6], loss=cross_entropy)
+    assert same(weights(model), expected)
+
+
+def test_count_that_somebody_told_the_run_stays_his():
+    model, data = truthful()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = sw.attach(model, sw.lotion(sw.int4(block=8)), optimizer)
+    run.calibrate(loss, data[:10])
+    train(model, optimizer, data[:2], loss=cross_entropy)
+    measured = optimizer.state_dict()
+    run.loss_terms = 77.0
+    optimizer.load_state_dict(measured)
+    assert run.loss_terms == 77.0
+    run.loss_terms = None
+    optimizer.load_state_dict(measured)
+    assert run.loss_terms != 77.0
+    run.loss_terms = 77.0
+    told = optimizer.state_dict()
+    run.loss_terms = None
+    optimizer.load_state_dict(told)
+    assert run.loss_terms is None  # what a program sets, it will set again
 
 
 def test_calibration_on_schedule():

@@ -46,9 +46,9 @@ def test_optimizer_state_holds_nothing_of_ours_but_its_dictionary_does(method):
     assert not optimizer.state  # an entry here and Adam would never create its moments
     train(model, optimizer, batches(2))
     assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in optimizer.state.values())
-    latent = {"latent"} if method != "lotion" else set()
-    assert set(before[0]) == {"method_step"} | latent
-    assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "method_step"} | latent
+    ours = {"method_step"} | ({"latent"} if method != "lotion" else set()) | ({"method_loss_terms"} if method != "ste" else set())
+    assert set(before[0]) == ours
+    assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"} | ours
     assert set(optimizer.state_dict()["state"][1]) == {"step", "exp_avg", "exp_avg_sq"}  # a bias
 
 
@@ -333,6 +333,41 @@ def test_push_is_undone_only_where_the_optimizer_did_not_use_it():
     run.health()
     repaired = moments_of(model, optimizer)["0.weight"]
     assert (pushed - before).abs().max() > 100 * (repaired - before).abs().max()
+
+
+@pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
+@pytest.mark.parametrize("done", [0, 2])
+def test_failed_step_takes_back_what_the_scales_learned(done, closure):
+    """And what they learn with; the next step then ends where a run ends that never failed."""
+    inputs, targets = batches(4)[3]
+    ends = []
+    for fails in (True, False):
+        model = network()
+        optimizer = Failing(model.parameters(), lr=0.01, foreach=False)
+        run = sw.attach(model, sw.learned(sw.ste(Q)), optimizer)
+        train(model, optimizer, batches(3))
+        saved = optimizer.state_dict()["state"][0]
+        before = {key: value.clone() for key, value in saved.items() if key.startswith("method_tensor_scale")}
+        assert len(before) == 5
+
+        def back(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = mse_loss(model(inputs), targets)
+            loss.backward()
+            return loss
+
+        if fails:
+            optimizer.after = done
+            if not closure:
+                back()
+            with pytest.raises(OSError, match="device lost"):
+                optimizer.step(back if closure else None)
+            optimizer.after = None
+            run.health()  # repairs
+            after = optimizer.state_dict()["state"][0]
+            assert all(torch.equal(after[key], value) for key, value in before.items())
+        ends.append({key: value for key, value in optimizer.state_dict()["state"][0].items() if key.startswith("method_tensor")})
+    assert same(*ends)
 
 
 @every_method

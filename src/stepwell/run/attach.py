@@ -27,8 +27,9 @@ from stepwell.run import notices, sharding, state, writes
 from stepwell.run.calibrate import BatchLoss, Calibration, calibrate
 from stepwell.run.check import managed_of, optimizers_of
 from stepwell.run.managed import Managed
+from stepwell.run.opened import Hooks
 from stepwell.run.rounds import Rounds, Watcher
-from stepwell.run.step import Hooks, Stepper
+from stepwell.run.step import Stepper
 from stepwell.run.terms import LossTerms, terms_of
 
 _LIVE: WeakSet["Run"] = WeakSet()  # runs that have not ended: two on one parameter would undo each other
@@ -201,7 +202,7 @@ class Run:
 
         def outgoing(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             self._settle(warn=self.steps > 0)  # a checkpoint being loaded reads this first: before any step nothing can be lost
-            return state.add(optimizer, state_dict, self._managed, self._stepper.steps.get(optimizer, 0))
+            return state.add(optimizer, state_dict, self._managed, self._stepper.steps.get(optimizer, 0), self.loss_terms)
 
         def incoming(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             if self._shown is not None:
@@ -222,7 +223,7 @@ class Run:
 
     def _restore(self, optimizer: Optimizer, entries: dict[Managed, dict[str, Any]]) -> None:
         """Take back what a loaded state dictionary held for one optimizer."""
-        step = state.loaded_step(entries)
+        step, self.loss_terms = state.loaded_step(entries), state.loaded_terms(entries, self.loss_terms)
         self._stepper.repair()
         for one, latent in state.frozen_latents(entries, self._managed):
             one.weight.copy_(latent)

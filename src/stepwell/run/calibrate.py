@@ -24,7 +24,7 @@ from stepwell.rounding import Bracket, pick, variance
 from stepwell.run import moments
 from stepwell.run.managed import Managed, groups_of, like, local, whole_tensor, wide
 from stepwell.run.rounds import Watcher
-from stepwell.run.terms import LossTerms, counts
+from stepwell.run.terms import LossTerms, Measured, counts
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
 REACH = 0.5  # how much of the way to a draw of randomized rounding the loss is measured at
@@ -69,13 +69,13 @@ def calibrate(
         raise ValueError(f"`every` must be a whole number of steps, 1 or more, or None: got {every!r}.")
     kept = batches if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable) else list(batches)
     found = measure(run.model, managed, loss, kept, draws=draws, seed=run.steps)
-    run.loss_terms = found.loss_terms
+    run.loss_terms = Measured(found.loss_terms)
 
     def again(last: bool) -> None:
         if last or every is None or run.steps % every:
             return
         try:
-            run.loss_terms = measure(run.model, managed, loss, kept, draws=draws, seed=run.steps).loss_terms
+            run.loss_terms = Measured(measure(run.model, managed, loss, kept, draws=draws, seed=run.steps).loss_terms)
         except RuntimeError as error:
             warnings.warn(f"calibration at step {run.steps}: {error} The count of before stays.", stacklevel=2)
 

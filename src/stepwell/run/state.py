@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stepwell.run.managed import Managed, like, local, rows_like
+from stepwell.run.terms import LossTerms, Measured, counts
 from stepwell.scales import Fit
 
 LATENT, STEP, FIT, OWN, FROZEN = "latent", "method_step", "method_fit_", "method_tensor_", "method_frozen_"
+TERMS = "method_loss_terms"  # as calibrated; zero before that: a checkpoint is read into what is there
 
 
 def indices(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Managed]) -> Iterator[tuple[int, Managed]]:
@@ -27,12 +29,14 @@ def indices(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[
             yield index, owned[id(parameter)]
 
 
-def add(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Managed], step: int) -> dict[str, Any]:
-    """Return the state dictionary with latent weights, held scales, own tensors and the step count of every managed parameter."""
+def add(optimizer: Optimizer, state_dict: dict[str, Any], managed: Sequence[Managed], step: int, loss_terms: LossTerms) -> dict[str, Any]:
+    """Return the state dictionary with latent weights, held scales, own tensors, step count and measured loss terms of every parameter."""
     state = dict(state_dict["state"])
     for index, one in indices(optimizer, state_dict, managed):
         entry = dict(state.get(index, {}))  # a copy: torch hands out its own dictionary
         entry[STEP] = torch.tensor(float(step))
+        if counts(one.method):
+            entry[TERMS] = torch.tensor(loss_terms if isinstance(loss_terms, Measured) else 0.0, dtype=torch.float64)
         if one.method.deploy is not None:
             entry[LATENT] = _latent(one)
         held = {} if one.fit is None else one.fit._asdict()
@@ -62,7 +66,7 @@ def split(
     owners = dict(indices(optimizer, state_dict, managed)) if _fits(optimizer, state_dict) else {}
     orphans = 0
     for index, entry in state_dict["state"].items():
-        mine = {key: value for key, value in entry.items() if key in (LATENT, STEP) or key.startswith((FIT, OWN, FROZEN))}
+        mine = {key: value for key, value in entry.items() if key in (LATENT, STEP, TERMS) or key.startswith((FIT, OWN, FROZEN))}
         rest = {key: value for key, value in entry.items() if key not in mine}
         if rest:
             state[index] = rest
@@ -104,6 +108,12 @@ def loaded_step(entries: dict[Managed, dict[str, Any]]) -> int | None:
     """Return the step count that was saved, or None where nothing of ours was."""
     steps = [int(entry[STEP]) for entry in entries.values() if STEP in entry]
     return max(steps, default=None)
+
+
+def loaded_terms(entries: dict[Managed, dict[str, Any]], told: LossTerms) -> LossTerms:
+    """Return the loss terms that a run goes on with: those that were saved, unless somebody has told it others by now."""
+    saved = max((float(entry[TERMS]) for entry in entries.values() if TERMS in entry), default=0.0)
+    return Measured(saved) if saved > 0 and (told is None or isinstance(told, Measured)) else told
 
 
 def warn_missing(names: Sequence[str]) -> None:

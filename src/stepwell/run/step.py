@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +13,10 @@ from stepwell import randomness
 from stepwell.methods.base import Context
 from stepwell.run import fused, moments, onepass, passes, sharding
 from stepwell.run.managed import SCALE, Managed, local, wide
+from stepwell.run.opened import Hooks, Opened, Replaced, Terms, remember
 from stepwell.run.passes import scalar
 from stepwell.run.phases import Phase, creates_state, overflowed
 from stepwell.schedules import value_at
-
-Terms = Callable[[Managed, int], float]
-Replaced = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Hooks(NamedTuple):
-    """What the stepper asks the Run: adopt outside writes, and count loss terms."""
-
-    settle: Callable[[], None]
-    terms: Terms
-
-
-class Opened(NamedTuple):
-    """One parameter inside a step: the optimizer's step count at a push (None without one), the loss terms, and who does the work."""
-
-    one: Managed
-    pushed: Tensor | float | None
-    terms: float
-    taken: bool  # the optimizer makes the whole step: nothing is done around it
 
 
 class Stepper:
@@ -175,14 +157,15 @@ class Stepper:
         if optimizer in self._active:  # else a skipped step, or one that only created optimizer state
             self.steps[optimizer] += 1
             opened = self._active[optimizer]
-            moved = [(one, terms) for one, _, terms, taken in opened if not taken and self._regularizes(one)]
+            moved = [(entry.one, entry.terms) for entry in opened if not entry.taken and self._regularizes(entry.one)]
             sharding.agree([(one, one.weight) for one, _ in moved])
             for one, terms in moved:
                 self._regularize(one, terms)
             sharding.agree([(one, one.weight) for one, *_ in opened if SCALE not in one.tensors])
-            for one, _, terms, taken in opened:
-                self._finish(one, terms, taken)
-                one.note()
+            for place, entry in enumerate(opened):
+                self._finish(entry.one, entry.terms, entry.taken)
+                entry.one.note()
+                opened[place] = entry._replace(scales={})  # should a later one fail, what is finished keeps its scales
             del self._active[optimizer]
             self.begin_due()
             torch.clear_autocast_cache()
@@ -199,11 +182,13 @@ class Stepper:
         """Close a step that failed and take back what it did."""
         self._phases[optimizer].close()
         onepass.assign(optimizer, [])
-        for one, pushed, terms, _ in self._active.pop(optimizer, []):
-            if pushed is not None and bool(pushed == moments.step_of(one)):  # the optimizer never used the push
+        for entry in self._active.pop(optimizer, []):
+            one = entry.one
+            entry.put_scales_back()
+            if entry.unused:
                 if one.latent is not None:
                     one.weight.copy_(one.latent)
-                self._push(one, terms, undo=True)
+                self._push(one, entry.terms, undo=True)
             if one.latent is not None:
                 self.show(one)
         torch.clear_autocast_cache()
@@ -214,20 +199,20 @@ class Stepper:
         mine = [one for one in self._managed if one.begun and one.optimizer is optimizer and one.parameter.grad is not None]
         counted = [(one, terms(one, self.steps[optimizer])) for one in mine]  # may raise: nothing has changed yet
         taken = onepass.assign(optimizer, counted if self._hands_over else [])
-        opened = self._active[optimizer] = [Opened(one, None, count, taken=True) for one, count in counted if one in taken]
+        opened = self._active[optimizer] = [remember(one, count, taken=True) for one, count in counted if one in taken]
         for one, count in counted:
             if one in taken:
                 continue
-            opened.append(Opened(one, None, count, taken=False))
+            opened.append(remember(one, count, taken=False))
             self._regrade(one, count)
             if one.latent is not None:
                 one.weight.copy_(one.latent)
             if not one.groups and self._push(one, count):
                 opened[-1] = opened[-1]._replace(pushed=moments.step_of(one))
         self._agree_learned(opened)
-        for place, (one, _, count, _) in enumerate(opened):
-            if one.groups and self._push(one, count):
-                opened[place] = opened[place]._replace(pushed=moments.step_of(one))
+        for place, entry in enumerate(opened):
+            if entry.one.groups and self._push(entry.one, entry.terms):
+                opened[place] = entry._replace(pushed=moments.step_of(entry.one))
 
     def _agree_learned(self, opened: Sequence[Opened]) -> None:
         """Agree on scales that moved with the gradient; others move with the weights, after the step."""
@@ -239,18 +224,18 @@ class Stepper:
         def run() -> Any:
             opened = self._active.get(optimizer, [])
             first = optimizer not in self._active
-            for one, _, _, taken in opened:
-                if one.latent is not None and not taken:
-                    one.latent.copy_(one.weight)
-                    self.show(one)
+            for entry in opened:
+                if entry.one.latent is not None and not entry.taken:
+                    entry.one.latent.copy_(entry.one.weight)
+                    self.show(entry.one)
             torch.clear_autocast_cache()
             result = closure()
             if first:
                 self._open(optimizer, terms)
-            for one, _, count, taken in opened:
-                self._regrade(one, count)
-                if one.latent is not None and not taken:
-                    one.weight.copy_(one.latent)
+            for entry in opened:
+                self._regrade(entry.one, entry.terms)
+                if entry.one.latent is not None and not entry.taken:
+                    entry.one.weight.copy_(entry.one.latent)
             self._agree_learned(opened)
             return result
 

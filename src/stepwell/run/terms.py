@@ -9,6 +9,10 @@ from stepwell.run.moments import reads_moments
 LossTerms = float | Callable[[int], float] | None
 
 
+class Measured(float):
+    """A count that `run.calibrate` measured; unlike one that somebody told the Run, it goes with the optimizer's state."""
+
+
 def counts(method: Method) -> bool:
     """Whether a method needs the number of loss terms."""
     return reads_moments(method) or method.counted
