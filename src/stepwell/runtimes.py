@@ -99,9 +99,9 @@ _TARGETS = {
         Target(
             "onnx:qdq",
             _FULL4,
-            (2, 4, 8),
+            (2, 3, 4, 5, 6, 7, 8),
             (32, 16, 64, 128, 256, "channel", ANY),
-            "ONNX DequantizeLinear: float32 scales; 2 bits need opset 25. Block lengths that divide, or one scale per output.",
+            "ONNX DequantizeLinear: float32 scales; codes of 3 and of 5 to 7 bits are stored in 4 and 8, and 2 bits need opset 25.",
             ("symmetric", "affine"),
             _NARROW,
         ),
@@ -212,7 +212,7 @@ def holders(grid: Quantizer) -> str:
     """Name the targets that hold a grid, for the message of one that does not.
 
     >>> holders(intn(3, levels="full"))
-    'Targets that hold int3/full block 32, absmax fp32 scales: compressed-tensors:int3, torchao:int3, safetensors.'
+    'Targets that hold int3/full block 32, absmax fp32 scales: onnx:qdq, compressed-tensors:int3, torchao:int3, safetensors.'
     """
     names = ", ".join(row.name for row in targets() if row.holds(grid))
     return f"Targets that hold {grid}: {names}."
