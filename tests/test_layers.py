@@ -24,12 +24,13 @@ LAYERS: tuple[tuple[set[str], ...], ...] = (
     ({"ship"},),
     ({"commands"},),
     ({"cli"},),
+    ({"__main__"},),
 )
 # Modules that may import less than their layer allows.
 ONLY: dict[str, set[str]] = {"formats": set(), "report": set(), "theory": {"formats"}}
 # Who may import `report`: it draws what it is given, so only what tells a story to a person needs it.
 REPORTERS = {"report", "train", "recipes", "integrations", "ship", "commands"}
-WITHOUT_TORCH = {"formats", "theory", "report", "commands", "cli"}  # commands import it inside the function that needs it
+WITHOUT_TORCH = {"formats", "theory", "report", "commands", "cli", "__main__"}  # commands import it inside the function that needs it
 HEAVY = {
     "PIL", "accelerate", "compressed_tensors", "datasets", "gguf", "numba", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
     "pandas", "pyarrow", "sklearn", "tensorboard", "tokenizers", "torchao", "transformers", "wandb",

@@ -35,6 +35,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of weights, order and draws, in place of the recipe's.", show_default=False)] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    replicate: Annotated[bool, typer.Option("--replicate", help="Under torchrun: whole copies (DDP), not shards (FSDP2).")] = False,
     track: Annotated[str | None, typer.Option(help="tensorboard or wandb, besides metrics.jsonl.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
@@ -43,11 +44,13 @@ def train(
     from stepwell.recipes.find import find
     from stepwell.train.outcome import as_mapping, finish
     from stepwell.train.pretrain import pretrain
+    from stepwell.train.ranks import together
 
     wanted = changed(find(recipe), steps=steps, micro=micro, seed=seed, save_every=save_every, compiled=compiled)
     tracker = tracker_of(track)
-    with bar(wanted) as watch:
-        session = pretrain(wanted, out, data=data, tokenizer=tokenizer, start=start, resume=resume, track=tracker, watch=watch)
+    source: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "start": start}
+    with together(), bar(wanted) as watch:
+        session = pretrain(wanted, out, **source, resume=resume, replicate=replicate, track=tracker, watch=watch)
         outcome = finish(session, out)
     if not session.ranks.first:
         return

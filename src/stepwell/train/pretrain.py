@@ -53,6 +53,7 @@ def pretrain(
     tokenizer: str | None = None,
     start: Path | None = None,
     resume: bool = False,
+    replicate: bool = False,
     track: Tracker | None = None,
     watch: Watcher = lambda seen: None,
 ) -> Session:
@@ -65,6 +66,7 @@ def pretrain(
         tokenizer: see `tokenizer.named`; None takes that of the tokens or of `start`, or trains one.
         start: a Hugging Face folder, or the folder of an earlier run, to go on from.
         resume: go on with the run that `out` holds, from its newest whole checkpoint; from the beginning where there is none yet.
+        replicate: with several processes, whole copies of the model in place of shards (see `ranks`); a checkpoint loads under either.
         track: where else the metrics go.
         watch: called after every step, and with words where something takes long.
 
@@ -73,7 +75,7 @@ def pretrain(
         OSError: a checkpoint that cannot be written; the older ones stay.
         ValueError: whatever does not fit: the folder, the data, the tokenizer, the start, the number of processes.
     """
-    ranks = here()
+    ranks = here(replicate=replicate)
     ranks.rows(recipe.rows)
     folder = _folder_of(start)
     told = {"recipe": recipe.described(), "data": data, "tokenizer": tokenizer, "start": None if start is None else str(start)}
@@ -153,7 +155,8 @@ def _tokens(recipe: Recipe, out: Path, data: str | None, tokenizer: str | None, 
     """Return the run's tokens, made by the first process where they are not there."""
     ready = data is not None and (Path(data) / INDEX).is_file()
     folder = Path(str(data)) if ready else out / DATA
-    if ranks.first and not ready:
+
+    def make() -> None:
         wanted = Wanted(recipe.steps * recipe.loss_terms + 1, recipe.evaluate_rows * recipe.length + 1)
         tokenize(
             lambda: documents(data),
@@ -164,7 +167,9 @@ def _tokens(recipe: Recipe, out: Path, data: str | None, tokenizer: str | None, 
             source=data or "the interpreter's own sources",
             progress=lambda count: watch(Seen(0, {}, f"{count:,} tokens")),
         )
-    ranks.wait()
+
+    if not ready:
+        ranks.alone(make)
     tokens = open_tokens(folder, verify=ranks.first)
     if tokens.facts["vocabulary"] > vocabulary:
         raise ValueError(

@@ -16,7 +16,7 @@ from stepwell.optim.adamw import AdamW
 from stepwell.run.attach import Run, attach
 from stepwell.train.blame import DivergedError, culprit
 from stepwell.train.language import row_losses
-from stepwell.train.ranks import Ranks, prepare, synchronising, whole
+from stepwell.train.ranks import Ranks, forward_of, prepare, synchronising, whole
 from stepwell.train.recipe import Recipe
 from stepwell.train.tokens import Tokens, batch
 
@@ -26,7 +26,7 @@ class Session(NamedTuple):
 
     Attributes:
         model: on its device; the Run lives on it.
-        forward: the model, compiled where the recipe says so.
+        forward: the model, wrapped where processes hold copies of it, compiled where the recipe says so.
         optimizer: its state carries the Run.
         run: the method; None in full precision.
         recipe, tokens, ranks: as given.
@@ -48,7 +48,8 @@ def begin(recipe: Recipe, model: nn.Module, tokens: Tokens, ranks: Ranks) -> Ses
     optimizer = make_optimizer(model, recipe)
     method = recipe.made_method()
     run = None if method is None else attach(model, method, optimizer, skip=recipe.skip, seed=recipe.seed)
-    forward: Any = torch.compile(model) if recipe.compile else model
+    forward: Any = forward_of(model, ranks)
+    forward = torch.compile(forward) if recipe.compile else forward
     return Session(model, forward, optimizer, run, recipe, tokens, ranks)
 
 
