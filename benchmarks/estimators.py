@@ -21,9 +21,9 @@ from collections.abc import Iterator
 import torch
 from estimating.lab import ROOT, Lab
 from estimating.methods import ALL, FLOAT_BITS, Arm, arms
-from estimating.peers import peers
+from estimating.peers import missing, peers
 from estimating.runs import RESULTS, SEEDS, Run, Table, fill, made
-from estimating.summary import document, figure, summarise, write
+from estimating.summary import document, figure, read, summarise, write
 
 SWEPT = (1.1e-3, 2.2e-3, 4.4e-3)
 PEERS_AFTER = "default"  # the row that peers follow, so that the most important come first
@@ -60,6 +60,9 @@ def main() -> None:
     if unknown:
         parser.error(f"--only must name methods: got {unknown}. There are: {', '.join(everyone)}")
     for name in () if options.tables else options.only or everyone:
+        if lack := missing(name):
+            print(lack, file=sys.stderr)
+            continue
         for bits in everyone[name].widths:
             if bits not in (FLOAT_BITS, *options.bits):
                 continue
@@ -68,8 +71,8 @@ def main() -> None:
                 print(f"{name:<26} {bits:>3} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
     if options.sweep:
         return
-    rows = summarise(table, everyone)
-    write(rows, RESULTS / "estimators_table.csv")
+    write(summarise(table, everyone), RESULTS / "estimators_table.csv")
+    rows = read(RESULTS / "estimators_table.csv")  # what the page says is what the file says, to the last digit
     figure(rows, RESULTS / "estimators.svg")
     document(rows, ROOT / "docs" / "methods.md")
     hours = sum(run.seconds for run in table.runs) / 3600

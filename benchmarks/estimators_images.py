@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from estimating.lab import ROOT
 from estimating.methods import FLOAT, FLOAT_BITS, Arm, arms
-from estimating.peers import inner, peers
+from estimating.peers import inner, missing, peers
 from estimating.pictures import TASKS, PictureLab
 from estimating.runs import CHOOSING_SEED, RESULTS, SEEDS
 from estimating.summary import DEFAULT, paired
@@ -71,7 +71,7 @@ def compared(everything: bool) -> dict[str, Arm]:
     """Return the arms that are run."""
     all_arms = arms() | peers()
     if not everything:
-        return {name: all_arms[name] for name in NAMED if name in all_arms}
+        return {name: all_arms[name] for name in NAMED}
     language = (name for name in all_arms if name.startswith(ONLY_LANGUAGE) or all_arms[name].teacher or "untuned" in name)
     return {name: arm for name, arm in all_arms.items() if name not in set(language)}
 
@@ -181,6 +181,9 @@ def main() -> None:
             print(f"skipped {task}: {error}", file=sys.stderr)
             continue
         for name, arm in everyone.items():
+            if lack := missing(name):
+                print(lack, file=sys.stderr)
+                continue
             for shot in fill(shots, lab, name, arm):
                 print(f"{task} {name:<22} {shot.bits:>2} bits  rate {shot.rate:.2g}  seed {shot.seed} {shot.rtn:.4f} {shot.accuracy:.1%}")
                 written(path, shots)

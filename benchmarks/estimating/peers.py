@@ -2,11 +2,10 @@
 
 Each is set up as its documentation says and given the optimizer, the rates and the tries that every method gets. A library that is not
 installed is left out, with a message. Blocks of 64 along the input everywhere. "Untuned" is what a reader of its documentation would run:
-AdamW at its own rate.
+AdamW at its own rate, which for Brevitas is also that of the scales.
 """
 
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,28 +14,32 @@ from torch import Tensor, nn
 from estimating.lab import BLOCK, SKIP, Lab
 from estimating.methods import Arm, Finished
 
+MODULES = {"torchao": "torchao", "brevitas": "brevitas", "quanto": "optimum.quanto"}  # by how the methods' names begin
 USUAL = (1e-3,)  # none of them documents a rate for AdamW; this is the optimizer's own
 PERIOD, STEEPNESS, CENTRE, BEGIN = 10, 10.0, 0.5, 1  # of PARQ: its own defaults; it anneals from the first step to its last but ten
 SCALE_SHARE = 1 / 3  # Brevitas' learned scales: their rate over the weights', the best of those that its table had
 
 
 def peers() -> dict[str, Arm]:
-    """Return the arms of other libraries that are installed; the others are named on the way."""
-    found: dict[str, Arm] = {}
-    for module, name, arm in (
-        ("torchao", "torchao parq", Arm("peer", "mid", torchao_parq)),
-        ("torchao", "torchao qat", Arm("peer", "full, scales > 0", torchao_qat)),
-        ("brevitas", "brevitas, learned scales", Arm("peer", "sym", brevitas)),
-        ("optimum.quanto", "quanto", Arm("peer", "affine", quanto, widths=(4, 2), tried_at=4)),
-    ):
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            print(f"left out: {name} ({error})", file=sys.stderr)
-            continue
-        found[name] = arm
-        found[f"{name}, untuned"] = arm._replace(rates=USUAL)
-    return found
+    """Return the arms of other libraries, installed or not: each with tuned rates, and untuned."""
+    tuned = {
+        "torchao parq": Arm("peer", "mid", torchao_parq),
+        "torchao qat": Arm("peer", "full, scales > 0", torchao_qat),
+        "brevitas, learned scales": Arm("peer", "sym", brevitas),
+        "quanto": Arm("peer", "affine", quanto, widths=(4, 2), tried_at=4),
+    }
+    return tuned | {f"{name}, untuned": arm._replace(rates=USUAL) for name, arm in tuned.items()}
+
+
+def missing(name: str) -> str:
+    """Return why a method cannot be run here; empty where it can."""
+    for start, module in MODULES.items():
+        if name.startswith(start):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                return f"left out: {name} ({error})"
+    return ""
 
 
 def inner(model: nn.Module, skip: Sequence[str] = SKIP) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -111,7 +114,8 @@ def brevitas(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
         layer.quant_weight()  # and makes the scales, from statistics, when it is first called
     known = {id(one) for one in student.optimizer.param_groups[0]["params"]}
     scales = [one for one in student.model.parameters() if id(one) not in known]
-    student.optimizer.add_param_group({"params": scales, "weight_decay": 0.0, "lr": SCALE_SHARE * rate, "peak": SCALE_SHARE * rate})
+    own = rate if rate in USUAL else SCALE_SHARE * rate
+    student.optimizer.add_param_group({"params": scales, "weight_decay": 0.0, "lr": own, "peak": own})
     lab.train(student)
     return folded(student.model, lambda layer: layer.quant_weight().value)
 

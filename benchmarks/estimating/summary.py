@@ -82,6 +82,13 @@ def write(rows: Sequence[Row], path: Path) -> None:
         print(f"{row.bits:>4g} {row.method:<26} {row.grid:<18} {numbers}")
 
 
+def read(path: Path) -> list[Row]:
+    """Return the rows of a written table."""
+    kinds = Row.__annotations__
+    with path.open(newline="") as file:
+        return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
 def titled(bits: float) -> str:
     """Return what a width is called."""
     return "NVFP4" if bits == NVFP4 else f"INT{bits:g}"
