@@ -50,6 +50,7 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, *, step: int, facts
     Raises:
         OSError: it cannot be written; the older ones are as they were.
     """
+    state = flat(model, optimizer)
     final, aside = root / f"{PREFIX}{step:09d}", root / f".{PREFIX}{step:09d}.part"
     if ranks.first:
         for left in root.glob(f".{PREFIX}*"):  # by a process that was killed
@@ -59,7 +60,7 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, *, step: int, facts
     try:
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=ranks.size > 1)
         with _quiet():
-            write(flat(model, optimizer), storage_writer=writer, no_dist=ranks.size == 1)
+            write(state, storage_writer=writer, no_dist=ranks.size == 1)
         ranks.wait()
         if ranks.first:
             _seal(aside, {"version": VERSION, "step": step, "world_size": ranks.size, **facts})
