@@ -32,13 +32,13 @@ def text_folder(folder):
     return str(folder)
 
 
-def tokens_in(folder, *, texts=len(TEXTS)):
+def tokens_in(folder, *, texts=60):
     """Return the tokens of so many of the texts, from the last on."""
     prepare(lambda: iter(TEXTS[-texts:]), folder / "data", wanted=Wanted(10**9, 10**9), vocabulary=SMALL.vocabulary)
     return open_tokens(folder / "data")
 
 
-def session_of(recipe, tokens, *, dtype=torch.float32):
-    """Return a fresh session on the CPU."""
+def session_of(recipe, tokens, *, dtype=torch.float32, ranks=None):
+    """Return a fresh session on the CPU, of this process alone unless told."""
     model = build(recipe.architecture, length=recipe.length, seed=recipe.seed).to(dtype)
-    return begin(recipe, model, tokens, here("cpu"))
+    return begin(recipe, model, tokens, here("cpu") if ranks is None else ranks)
