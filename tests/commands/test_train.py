@@ -1,0 +1,163 @@
+"""`stepwell train` as a user calls it: from text to a model that other libraries load, and bad input in one line."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.language import SMALL, TEXTS, session_of, text_folder, tiny, tokens_in
+from torch.nn.functional import cross_entropy
+
+import stepwell as sw
+from stepwell import cli
+from stepwell.commands.train import described
+from stepwell.train.evaluation import holding
+
+MINE = """
+from tests.language import tiny
+
+def both():
+    return tiny()
+
+def float():
+    return tiny("fp_1m")
+
+def cooldown():
+    return tiny("int4_1m_ste_cooldown")
+
+def grown():
+    return tiny(architecture=tiny().architecture._replace(vocabulary=310))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with recipes, texts, their tokens, and a finished run of each kind."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mine.py").write_text(MINE)
+    text_folder(folder / "texts")
+    tokens_in(folder)
+    return folder
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", ["stepwell", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_from_text_to_a_model_that_transformers_loads_and_the_grid_it_lies_on(run, place):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code, out, _ = run("mine:both", "--data", "texts", "--out", "a", "--json")
+    assert code == 0
+    results = json.loads(out)
+    assert results == json.loads((place / "a/results.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place / "a/model"), AutoTokenizer.from_pretrained(place / "a/model")
+    encoded = sw.load(place / "a/model/encoded.safetensors")
+    assert len(encoded) == 14
+    assert all(torch.equal(model.get_parameter(name), one.decode()) for name, one in encoded.items())
+    assert tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]) == TEXTS[0]
+    # the table's loss is that of the model that ships, on the text that was held out
+    from stepwell.train.tokens import open_tokens
+
+    held = open_tokens(place / "a/data").held
+    rows = held.rows(range(min(9, held.sequences(16))), 16)
+    with torch.no_grad():
+        loss = cross_entropy(model(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert results["losses"]["nearest"] == pytest.approx(float(loss), rel=1e-5)
+    assert (place / "a/loss.svg").read_text().count("<svg") == 1
+    assert results["tokens"] == 8 * 6 * 16
+
+
+def test_a_table_for_people_and_a_bar_on_the_other_stream(run):
+    code, out, err = run("mine:float", "--data", "data", "--out", "table", "--steps", "2")
+    assert code == 0
+    assert "rounded to nearest (RTN)" in out
+    assert "perplexity" in out
+    assert "loss" in err
+    assert "\r" not in out
+
+
+def test_what_full_precision_leaves_starts_a_cooldown(run, place):
+    assert run("mine:float", "--data", "data", "--out", "base")[0] == 0
+    assert not (place / "base/model/encoded.safetensors").exists()
+    assert run("mine:cooldown", "--data", "data", "--out", "cooled", "--start", "base", "--steps", "1", "--seed", "5")[0] == 0
+    base, cooled = (
+        load_file(place / "base/model/model.safetensors"),
+        load_file(place / "cooled/checkpoints/step-000000001/model-00001-of-00001.safetensors"),
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (cooled[f"optimizer.{name}.latent"] - base[name]).abs().max()
+    assert 0 < float(moved) <= 3e-3 * 1.2  # one step of Adam at the rate of 3e-3, and the decay
+
+
+def test_stopped_and_resumed_from_the_command_line(run, place):
+    assert run("mine:both", "--data", "data", "--out", "stopped", "--save-every", "2")[0] == 0
+    for path in (place / "stopped/checkpoints").glob("step-000000008"):
+        (path / "checkpoint.json").write_text("{")
+    code, _, err = run("mine:both", "--data", "data", "--out", "stopped", "--save-every", "2", "--resume")
+    assert code == 0
+    assert "refused: the checkpoint" in err
+    assert "resumed after step 6" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("recipes.lm:int5_1m", "--out", "x"), "Known: recipes.lm:NAME"),
+        (("mine:both", "--out", "x", "--data", "no/such/folder"), "no file or folder 'no/such/folder'"),
+        (("mine:both", "--out", "x", "--data", "texts", "--tokenizer", "texts"), "is no tokenizer that can be read"),
+        (("mine:grown", "--out", "x", "--data", "texts", "--start", "texts"), "`start` must be a Hugging Face folder"),
+        (("mine:cooldown", "--out", "x", "--data", "data"), "`start` is missing"),
+        (("mine:both", "--out", "x", "--data", "data", "--steps", "0"), "`steps` of a recipe must be a whole number"),
+        (("mine:both", "--out", "x", "--data", "data", "--track", "mlflow"), "`track` must be tensorboard or wandb"),
+        (("mine:both", "--out", "mine.py"), "`out`"),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_two(run, place, arguments, said):
+    code, out, err = run(*arguments)
+    line = err.strip().splitlines()[-1]
+    assert (code, out) == (2, "")
+    assert line.startswith("stepwell: ")
+    assert said in line
+    assert not (place / "x" / "run.json").exists()
+
+
+def test_a_run_that_diverges_is_one_line_and_exit_code_one(run, place, monkeypatch):
+    from stepwell.train import pretrain
+
+    def explode(session, step):
+        raise pretrain.DivergedError("step 1: the loss is nan.")
+
+    monkeypatch.setattr(pretrain, "advance", explode)
+    code, _, err = run("mine:both", "--data", "data", "--out", "diverged")
+    assert code == 1
+    assert "training stopped at step 1: the loss is nan. There is no checkpoint yet." in err.strip().splitlines()[-1]
+
+
+def test_the_bar_says_what_is_known():
+    assert described({"loss": 2.5, "flips": float("nan"), "clipped": 0.25}) == "loss 2.5000  clipped 25.0 %"
+
+
+def test_holding_gives_back_what_was_there(place):
+    from stepwell.train.tokens import open_tokens
+
+    session = session_of(tiny("fp_1m", architecture=SMALL), open_tokens(place / "data"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = session.model.get_parameter(name).detach().clone()
+    with pytest.raises(RuntimeError), holding(session.model, {name: torch.zeros_like(before)}):
+        assert not session.model.get_parameter(name).any()
+        raise RuntimeError
+    assert torch.equal(session.model.get_parameter(name), before)
