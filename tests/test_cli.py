@@ -175,7 +175,7 @@ def test_inspect_says_what_an_onnx_model_without_matmulnbits_is(run, tmp_path, o
         (["inspect", "damaged.safetensors"], b"\x05garbage that is no header", "damaged.safetensors"),
         (["inspect", "damaged.onnx"], b"garbage that is no protocol buffer", "damaged.onnx"),
         (["inspect", "empty.safetensors"], b"", "empty.safetensors"),
-        (["inspect", "folder.onnx"], "folder", "folder.onnx is a folder"),
+        (["inspect", "folder.onnx"], "folder", "the folder folder.onnx has no safetensors"),
         (["inspect"], None, "Missing argument 'file'. Try `stepwell inspect --help`."),
         (["formats", "--nonsense"], None, "No such option: --nonsense. Try `stepwell formats --help`."),
         (["nonsense"], None, "No such command 'nonsense'. Try `stepwell --help`."),

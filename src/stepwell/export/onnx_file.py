@@ -1,6 +1,7 @@
 """An ONNX file as a runtime loads it: the weights that its MatMulNBits and DequantizeLinear nodes hold, and a session that runs it."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,15 +64,21 @@ def read(path: str | Path) -> OnnxFile:
         ValueError: no ONNX model, or a MatMulNBits node whose parts do not fit together.
     """
     need("onnx", extra="onnx")
-    import onnx
-    from google.protobuf.message import DecodeError
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path`: no file at {path}. Give the file that `stepwell.export.onnx` wrote.")
     try:
-        model = onnx.load(str(path))
-    except DecodeError as error:
-        raise ValueError(f"`path`: {path} is not a readable ONNX model ({error}).") from error
+        return _read(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # onnx, protobuf and numpy raise whatever a damaged file makes of their parts
+        raise ValueError(f"`path`: {path} is not a readable ONNX model ({reason(error)}).") from error
+
+
+def _read(path: str | Path) -> OnnxFile:
+    """Read an ONNX file that may be damaged."""
+    import onnx
+
+    model = onnx.load(str(path))
     nodes, tensors = [], {}
     for graph in _graphs(model.graph):
         tensors.update({tensor.name: tensor for tensor in graph.initializer})
@@ -80,7 +87,7 @@ def read(path: str | Path) -> OnnxFile:
     own = {name for node in holders for name in node.input[int(node.op_type == nbits.OPERATOR) :] if name}
     return OnnxFile(
         tuple(_product(node, tensors) for node in holders),
-        {name: onnx.numpy_helper.to_array(tensor) for name, tensor in tensors.items() if name not in own},
+        {name: _array(tensor) for name, tensor in tensors.items() if name not in own},
         _floats(model.metadata_props, path),
     )
 
@@ -162,15 +169,13 @@ def _of_weight(node: Any, tensors: Mapping[str, Any]) -> bool:
 
 def _product(node: Any, tensors: Mapping[str, Any]) -> Product:
     """Read one node and its constants."""
-    import onnx
-
     field = {attribute.name: attribute.i for attribute in node.attribute}
     first = int(node.op_type == nbits.OPERATOR)
     names = [*node.input, *[""] * 4][first : first + 3]
     absent = [name for name in names[:2] if name not in tensors]
     if absent or (names[2] and names[2] not in tensors):
         raise ValueError(f"{node.op_type} node {node.name!r} must have constant weights: its inputs {absent or names[2:]} are computed.")
-    codes, scales, zeros = (onnx.numpy_helper.to_array(tensors[name]) if name else None for name in names)
+    codes, scales, zeros = (_array(tensors[name]) if name else None for name in names)
     assert codes is not None
     assert scales is not None
     parameter, rows = onnx_held.named(node.name)
@@ -184,6 +189,17 @@ def _product(node: Any, tensors: Mapping[str, Any]) -> Product:
         codes, scales, zeros, outputs=field["N"], inputs=field["K"], bits=field.get("bits", 4), block=field["block_size"]
     )
     return Product(node.name, parameter, rows, held, nbits.OPERATOR, field.get("accuracy_level", 0))
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    """Return a constant; a shape that its bytes cannot fill is refused before onnx makes room for it."""
+    import onnx
+
+    most = 8 * tensor.ByteSize()  # numbers of one bit
+    if min(tensor.dims, default=1) < 0 or max(tensor.dims, default=1) > most or math.prod(tensor.dims) > most:
+        raise ValueError(f"constant {tensor.name!r} of {tensor.ByteSize()} bytes cannot have shape {list(tensor.dims)}")
+    found: NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+    return found
 
 
 def _floats(properties: Any, path: str | Path) -> dict[str, str]:

@@ -5,15 +5,17 @@ their size.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -42,7 +44,7 @@ class Checkpoint:
     folder: Path
     tensors: dict[str, Stored]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """Return one tensor; its file is opened for it alone, so that no other stays in memory.
 
         Raises:
@@ -58,7 +60,7 @@ class Checkpoint:
     @property
     def elements(self) -> int:
         """How many numbers all tensors hold."""
-        return sum(torch.Size(stored.shape).numel() for stored in self.tensors.values())
+        return sum(math.prod(stored.shape) for stored in self.tensors.values())
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -97,7 +99,7 @@ def headers(file: Path) -> dict[str, Stored]:
     Raises:
         ValueError: no such file, or a header that is damaged or does not agree with the file's size.
     """
-    with readable(file) as opened:
+    with readable(file, framework="numpy") as opened:  # which need not know the dtypes
         parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         return {name: Stored(file, tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
 
@@ -122,14 +124,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def readable(file: Path) -> Iterator[Any]:
+def readable(file: Path, *, framework: str = "pt") -> Iterator[Any]:
     """Open a safetensors file; whatever is wrong with it, then or while it is read, becomes one error that names it.
 
     Raises:
         ValueError: in place of safetensors' own.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework=framework) as opened:
             yield opened
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the latter two: a dtype that this torch does not have
         raise ValueError(f"`model`: {file} is not a readable safetensors file ({error}).") from error

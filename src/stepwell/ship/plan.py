@@ -1,14 +1,12 @@
 """Plan: which weights go to which grid, and why the others stay in float."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from stepwell.blocks import block_length, scale_shape
+from stepwell.blocks import block_length
 from stepwell.quantizers import Quantizer
-from stepwell.scales import TORCH_DTYPES
 from stepwell.selection import select
 
 Grids = dict[str, Quantizer | None]
@@ -76,17 +74,3 @@ def plan(
         raise ValueError(f"`model`: no weight is left to quantize ({why or 'it has no matrix'}).")
     sizes = {row.name: row.parameter.numel() for row in rows}
     return Plan(grids, floats, sum(sizes[name] for name in grids), sum(sizes.values()))
-
-
-def bits_per_weight(grid: Quantizer, shape: tuple[int, ...]) -> float:
-    """Return how many bits one weight of this shape takes: its code, and its share of scales and zero points.
-
-    >>> from stepwell.presets import int4
-    >>> bits_per_weight(int4(block=32), (8, 64))
-    5.0
-    """
-    scales = math.prod(scale_shape(shape, grid.block, grid.axis))
-    widths = {"e8m0": 8, "e4m3": 8}
-    width = widths.get(grid.scale_dtype) or TORCH_DTYPES[grid.scale_dtype].itemsize * 8
-    zero = 0 if grid.format.levels != "affine" else width if grid.zero == "minimum" else 8
-    return grid.format.bits + (width + zero) * scales / math.prod(shape)

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepwell.advice.allocation import stored_bits
 from stepwell.export.outputs import digest
 from stepwell.export.parity import verify
 from stepwell.quantizers import Encoded, Quantizer
 from stepwell.ship import rounding, targets
 from stepwell.ship.artifact import draft
 from stepwell.ship.choice import CALIBRATING, METHODS, TRAINED, choose
-from stepwell.ship.plan import Plan, bits_per_weight, plan
+from stepwell.ship.plan import Plan, plan
 from stepwell.ship.records import Choice, Losses, Shipped, Weight
 from stepwell.ship.rounding import Progress
 from stepwell.ship.source import Source, check_finite, logits_only, losses
@@ -216,7 +217,7 @@ def _weight(name: str, encoded: Encoded, originals: _Originals, method: str) -> 
     shape, original = tuple(encoded.codes.shape), originals[name].double()
     norm = float(original.norm())
     error = float(torch.dist(encoded.decode().double(), original)) / norm if norm else 0.0
-    return Weight(name, shape, str(encoded.quantizer), bits_per_weight(encoded.quantizer, shape), error, sha256_of(encoded), method)
+    return Weight(name, shape, str(encoded.quantizer), stored_bits(encoded.quantizer, shape), error, sha256_of(encoded), method)
 
 
 def _digests(folder: Path) -> dict[str, str]:
