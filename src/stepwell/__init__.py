@@ -17,6 +17,7 @@ _HOME = {
     **dict.fromkeys(("save", "load"), "stepwell.storage"),
     **dict.fromkeys(("select",), "stepwell.selection"),
     **dict.fromkeys(("attach", "Run"), "stepwell.run.attach"),
+    "quantize_activations": "stepwell.activations",
     "ste": "stepwell.methods.ste",
     "lotion": "stepwell.methods.lotion",
     "lsq": "stepwell.methods.lsq",
@@ -28,13 +29,16 @@ _HOME = {
     "quantize_training": "stepwell.train.quantize",
     "verify": "stepwell.export.parity",
     "advise": "stepwell.advice.advise",
+    "bits_per_layer": "stepwell.advice.bits",
     "Testbed": "stepwell.testbed",
     **{name: f"stepwell.{name}" for name in ("ptq", "probes", "theory", "export", "methods", "optim", "schedules", "explain")},
 }
 
 if TYPE_CHECKING:
     from stepwell import explain, export, methods, optim, probes, ptq, schedules, theory
+    from stepwell.activations import quantize_activations
     from stepwell.advice.advise import advise
+    from stepwell.advice.bits import bits_per_layer
     from stepwell.export.parity import verify
     from stepwell.methods.binary_relax import binary_relax
     from stepwell.methods.cage import cage

@@ -140,7 +140,7 @@ def test_no_network_is_judged_by_a_fit_that_saw_it(paper, split, monkeypatch):
 
 
 def test_an_answer_is_as_sure_as_it_has_to_be_to_be_right_elsewhere(paper):
-    # The share that is chosen is the smallest of an unbroken row of shares with 98 % right: counted here for it, and for the next one below.
+    # The share chosen is the smallest of an unbroken row of shares with 98 % right: counted here for it, and for the next one below.
     _, fitting = paper
     answers, runs = sys.modules["answers"], synthetic(fitting, networks=6, noise=0.3)
     found, rights = answers.shares(runs), {}

@@ -65,9 +65,9 @@ def divide(batches: Iterable[Any], calibration: Iterable[Any] | None) -> Parts:
         TypeError: one batch in place of a list of them.
         ValueError: no batches.
     """
-    given = _kept(batches, "batches")
+    given = listed(batches, "batches")
     if calibration is not None:
-        other = _kept(calibration, "calibration")
+        other = listed(calibration, "calibration")
         return Parts(other, given, f"GPTQ is calibrated on the {_count(other)} of `calibration`, losses are measured on {_count(given)}.")
     if len(given) == 1:
         note = "One batch both calibrates GPTQ and measures: GPTQ looks better than it is, and no error can be given. Give several batches."
@@ -101,7 +101,7 @@ def increase(stage: Stage, losses: Losses, base: Sequence[float], method: Traine
     return Estimate(method, mean, mean - margin, mean + margin, True)
 
 
-def _kept(batches: Iterable[Any], argument: str) -> list[Any]:
+def listed(batches: Iterable[Any], argument: str) -> list[Any]:
     """Return batches as a list, or refuse what is none."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(f"`{argument}` must be an iterable of batches: got a {type(batches).__name__}. Write [batch] for a single one.")
