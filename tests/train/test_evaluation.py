@@ -77,3 +77,18 @@ def test_processes_share_the_rows_and_their_sum_is_the_same(tokens):
         evaluate(session.model, None, session.recipe, tokens.held, Share(rank, 4, here("cpu").device))
     held_rows = min(9, tokens.held.sequences(16))
     assert sum(sums[::2]) / (held_rows * 16) == pytest.approx(whole, rel=1e-6)
+
+
+def test_holding_gives_back_what_was_there_after_an_error_too(tokens):
+    session = session_of(tiny("fp_1m"), tokens)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = session.model.get_parameter(name).detach().clone()
+
+    def fail_inside():
+        with holding(session.model, {name: torch.zeros_like(before)}):
+            assert not session.model.get_parameter(name).any()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert torch.equal(session.model.get_parameter(name), before)
