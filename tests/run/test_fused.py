@@ -163,7 +163,7 @@ def test_threads_leave_no_trace(cheap, monkeypatch):
         sw.ste(sw.intn(3, block=16, scale_dtype="bf16")),
         sw.ste(sw.intn(3, block=16, levels="affine")),
         sw.ste(sw.intn(3, block=16, compute="bf16")),
-        sw.soft(sw.int3(block=16), temperature=0.1),
+        sw.soft(sw.nvfp4(), temperature=0.1),
         sw.learned(sw.ste(sw.int3(block=16), clip=0.8)),
     ],
     ids=lambda method: f"{method.name} {method.quantizer}",

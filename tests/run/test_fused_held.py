@@ -28,7 +28,7 @@ GRIDS = [
 ]
 SUMMED = ("ste + lotion", "lotion", "lotion, scale frozen", "held scales, lotion", "own curvature", "lsq", "learned scales, parq")
 SUMMED = (*SUMMED, "learned scales, latent", "default", "coupled", "coupled, nearest")  # the last two: a product in another order
-SERVED = [name for name in METHODS if name != "soft"]
+SERVED = [name for name in METHODS if name != "soft"]  # which is not equal to the last bit: test_fused_soft.py
 
 
 def context(one, *, step=2):

@@ -3,7 +3,8 @@
 Tolerance of the compiled path: forward passes are elementwise after one maximum per block, so they are equal bit for bit. LOTION's scale
 term is a sum over a block, which a compiler adds up in another order: relative error 16 * 2**-24 = 1e-6 of a force that moves a weight by
 at most the rate, 0.01, per step; over 5 steps 5e-8, and Adam's division by the root of a small second moment is worth a factor of a few.
-Learned scales have such sums too; the soft staircase has an error function of the compiler's own.
+Learned scales have such sums too. The soft staircase has an error function of the compiler's own, 2 to 4 ulp from torch's, at four or so
+thresholds that are near: 1e-6 of a step of about .1 in what the forward pass sees, 1e-7 in a gradient, a few times that after Adam's root.
 """
 
 import shutil
@@ -19,7 +20,7 @@ import stepwell as sw
 from stepwell.run import passes
 
 Q = sw.int3(block=16)
-SUMS = 2e-7
+SUMS, ERF = 2e-7, 1e-6
 ELEMENTWISE = ("ste", "clipped ste", "held scales", "parq", "binary relax", "learned scale", "annealed", "pulled")
 needs_compiler = pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="no C++ compiler")
 
@@ -144,7 +145,7 @@ def test_every_method_compiled_equals_eager(name, quantizer):
     expected, _ = trained(method, compile=False, optimizer=optimizer)
     found, _ = trained(method, compile=True, optimizer=optimizer)
     used = graphs()
-    sums = 0.0 if name in ELEMENTWISE else SUMS
+    sums = 0.0 if name in ELEMENTWISE else ERF if name == "soft" else SUMS
     for key, value in expected.items():
         if sums and key.startswith("shown"):
             continue  # an ulp of the latent weight may be a step of the grid

@@ -55,12 +55,12 @@ def smoothed(weight: Tensor, context: Context) -> Tensor:
     units, format = fit.to_units(weight), quantizer.format
     temperature = context.scheduled["temperature"].clamp(torch.finfo(torch.float32).tiny, HOTTEST)
     target = grids.round_nearest(units, format)
-    lift = _lift_even(units, target, format, temperature, near) if format.uniform else _lift(units, target, format, temperature)
+    lift = lift_even(units, target, format, temperature, near) if format.uniform else _lift(units, target, format, temperature)
     # without smoothing ties go where rounding takes them, not half way
     return quantizer.deliver(target + lift * (context.scheduled["temperature"] > 0), fit)
 
 
-def _lift_even(units: Tensor, target: Tensor, format: Format, temperature: Tensor, near: int) -> Tensor:
+def lift_even(units: Tensor, target: Tensor, format: Format, temperature: Tensor, near: int) -> Tensor:
     """Return psi_T less the rounded weight for a grid of equal steps: each threshold above adds its share, each below takes it away."""
     rest, lift = units - target, torch.zeros_like(units)
     for step in range(near):

@@ -22,8 +22,9 @@ from stepwell.methods.lotion import Push, border, tolerance
 from stepwell.methods.parq import annealed
 from stepwell.methods.prox import EPSILON, step
 from stepwell.methods.sampled import drawn
+from stepwell.methods.soft import smoothed
 from stepwell.methods.ste import Clipped
-from stepwell.run import passes
+from stepwell.run import fused_soft, passes
 from stepwell.run.managed import Managed
 
 Split = Callable[..., None]
@@ -62,7 +63,7 @@ def serves(one: Managed) -> bool:
     method, grid = one.method, one.grid
     return (
         _changes(method)
-        and (method.deploy is None or method.deploy in (round_nearest, annealed, relaxed, drawn))
+        and (method.deploy is None or method.deploy in (round_nearest, annealed, relaxed, drawn, smoothed))
         and (method.prox is None or _read(method.prox) in (pulled, step))
         and (method.push is None or _pushes(one))
         and any(part is not None for part in (method.deploy, method.prox, method.push, method.gradient))
@@ -76,6 +77,8 @@ def serves(one: Managed) -> bool:
 
 def has(work: passes.Pass, one: Managed) -> bool:
     """Whether a pass of this parameter has a kernel here."""
+    if work is passes.show and one.method.deploy is not smoothed:
+        return False  # the eager pass gives the same bits
     return work in KERNELS and serves(one) and kernels() is not None
 
 
@@ -93,7 +96,7 @@ def run(work: passes.Pass, one: Managed, context: Context, arrays: list[Any], sc
     """Run a pass over `(blocks, block)` arrays by its kernel; return how many of the arrays, from the first, were written."""
     compiled = kernels()
     assert compiled is not None
-    weight = torch.from_numpy(arrays[1 if work in (passes.gradient, passes.descend) else 0])
+    weight = torch.from_numpy(arrays[1 if work in (passes.gradient, passes.descend, passes.show) else 0])
     fit = one.grid.fit(weight) if context.fit is None else context.fit
     scale = fit.scale.reshape(-1).to(torch.float32).contiguous().numpy()
     return KERNELS[work](Call(compiled, one, context, arrays, scale, scalars, split))
@@ -112,9 +115,32 @@ def _deploy(call: Call) -> int:
         call.split(call.compiled.affine, arrays, *_floats(numbers))
     elif deploy is relaxed:
         call.split(call.compiled.relaxed, arrays, *_floats([*call.grid, max(1 - values["share"], 0.0)]))
+    elif deploy is smoothed and values["temperature"] > 0:
+        np.copyto(arrays[1], arrays[0])
+        _smooth(call, arrays[0], arrays[0])
     else:
         call.split(call.compiled.nearest, arrays, *_floats(call.grid))
     return 2
+
+
+def _show(call: Call) -> int:
+    """Write what the forward pass sees of a latent weight on the soft staircase, whose error function is not torch's to the last bit."""
+    into, latent = call.arrays
+    if float(call.context.scheduled["temperature"]) > 0:
+        _smooth(call, into, latent)
+    else:
+        np.copyto(into, latent)
+        call.split(call.compiled.nearest, [into, np.empty_like(latent), call.scale], *_floats(call.grid))
+    return 1
+
+
+def _smooth(call: Call, into: Any, weight: Any) -> None:
+    compiled = fused_soft.kernels()
+    assert compiled is not None
+    found = fused_soft.smoothing(call.one.grid.format, float(call.context.scheduled["temperature"]))
+    call.split(
+        compiled.smoothed, [into, weight, call.scale], found.table, *_floats([*call.grid, fused_soft.NODES, found.inner, found.outer])
+    )
 
 
 def _prox(call: Call) -> int:
@@ -176,6 +202,7 @@ KERNELS: dict[passes.Pass, Callable[[Call], int]] = {
     passes.push: _push,
     passes.descend: _descend,
     passes.gradient: _gradient,
+    passes.show: _show,
 }
 
 

@@ -4,6 +4,7 @@ As in `kernels`: unsigned indices, and reordered sums where there is one; nothin
 `high` in units of the scale and `shift`, which makes its values integers (-1/2 for half-odd ones).
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,16 @@ ROWS, SCALES, NUMBER = "float32[:, ::1]", "float32[::1]", "float32"
 GRID = "float32, float32, float32"
 SUMS = {"reassoc", "nsz"}  # may be reordered
 
+compiled = partial(njit, cache=True, nogil=True, error_model="numpy")
 
-@njit(f"float32(float32, {GRID})", cache=True, nogil=True, error_model="numpy")
+
+@compiled(f"{NUMBER}({NUMBER})")
+def divisor_of(scale: float) -> Any:
+    """Return what puts weights into units of a scale: a scale of zero, that of a block of zeros, puts them on zero."""
+    return INFINITE if scale == ZERO else scale
+
+
+@compiled(f"float32(float32, {GRID})")
 def rounded(units: float, low: float, high: float, shift: float) -> Any:
     """Return the nearest grid value of a weight in units of the scale, ties to the even code."""
     if shift == ZERO:
@@ -30,26 +39,26 @@ def rounded(units: float, low: float, high: float, shift: float) -> Any:
     return min(max((code - ONE if odd else code) - shift, low), high)
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, {GRID})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {GRID})")
 def nearest(parameter: Array, latent: Array, scale: Array, low: float, high: float, shift: float) -> None:
     """As `passes.deploy` of the nearest grid weights."""
     length = np.uint64(parameter.shape[1])
     for k in range(np.uint64(parameter.shape[0])):
         factor = scale[k]
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         for j in range(length):
             weight = parameter[k, j]
             latent[k, j] = weight
             parameter[k, j] = rounded(weight / divisor, low, high, shift) * factor
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, {GRID}, {NUMBER}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {GRID}, {NUMBER}, {NUMBER})")
 def affine(parameter: Array, latent: Array, scale: Array, low: float, high: float, shift: float, still: float, slope: float) -> None:
     """As `passes.deploy` of PARQ's map; `still`: half of 1 - slope; `slope`: at least the smallest normal number."""
     length = np.uint64(parameter.shape[1])
     for k in range(np.uint64(parameter.shape[0])):
         factor = scale[k]
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         for j in range(length):
             weight = parameter[k, j]
             latent[k, j] = weight
@@ -60,13 +69,13 @@ def affine(parameter: Array, latent: Array, scale: Array, low: float, high: floa
             parameter[k, j] = (target + rest / slope) * factor
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, {GRID}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {GRID}, {NUMBER})")
 def relaxed(parameter: Array, latent: Array, scale: Array, low: float, high: float, shift: float, free: float) -> None:
     """As `passes.deploy` of BinaryRelax; `free`: what is left to the latent weight."""
     length = np.uint64(parameter.shape[1])
     for k in range(np.uint64(parameter.shape[0])):
         factor = scale[k]
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         for j in range(length):
             weight = parameter[k, j]
             latent[k, j] = weight
@@ -74,13 +83,13 @@ def relaxed(parameter: Array, latent: Array, scale: Array, low: float, high: flo
             parameter[k, j] = (weight - target) * free + target
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, int64[::1], {GRID}, int64)", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, int64[::1], {GRID}, int64)")
 def drawn(parameter: Array, latent: Array, scale: Array, places: Array, low: float, high: float, shift: float, key: int) -> None:
     """As `passes.deploy` of randomized rounding, draw for draw; `places`: index of each row's first element within the whole parameter."""
     length = np.uint64(parameter.shape[1])
     for k in range(np.uint64(parameter.shape[0])):
         factor, place = scale[k], np.uint64(places[k])
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         for j in range(length):
             weight = parameter[k, j]
             latent[k, j] = weight
@@ -98,20 +107,20 @@ def drawn(parameter: Array, latent: Array, scale: Array, places: Array, low: flo
             parameter[k, j] = top if uniform * (top - bottom) < min(max(weight, bottom), top) - bottom else bottom
 
 
-@njit(f"void({ROWS}, {SCALES}, {GRID}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {SCALES}, {GRID}, {NUMBER})")
 def pulled(parameter: Array, scale: Array, low: float, high: float, shift: float, share: float) -> None:
     """As `passes.prox` of CAGE."""
     length = np.uint64(parameter.shape[1])
     for k in range(np.uint64(parameter.shape[0])):
         factor = scale[k]
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         for j in range(length):
             weight = parameter[k, j]
             target = rounded(weight / divisor, low, high, shift) * factor
             parameter[k, j] = (target - weight) * share + weight
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, {GRID}, {NUMBER}, {NUMBER}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {GRID}, {NUMBER}, {NUMBER}, {NUMBER})")
 def proximal(
     parameter: Array, curvature: Array, scale: Array, low: float, high: float, shift: float, pull: float, correction: float, floor: float
 ) -> None:
@@ -119,7 +128,7 @@ def proximal(
     length, adam = np.uint64(parameter.shape[1]), correction > ZERO
     for k in range(np.uint64(parameter.shape[0])):
         factor = scale[k]
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         for j in range(length):
             steep = curvature[k, j] * pull
             slope = ONE - (steep / (np.sqrt(curvature[k, j] * correction) + floor) if adam else steep)
@@ -130,7 +139,7 @@ def proximal(
             parameter[k, j] = (target + rest / max(slope, TINY)) * factor
 
 
-@njit(f"void({ROWS}, {ROWS}, {ROWS}, {SCALES}, {SCALES}, {NUMBER}, {NUMBER})", cache=True, nogil=True, error_model="numpy", fastmath=SUMS)
+@compiled(f"void({ROWS}, {ROWS}, {ROWS}, {SCALES}, {SCALES}, {NUMBER}, {NUMBER})", fastmath=SUMS)
 def learn(gradient: Array, weight: Array, deployed: Array, scale: Array, slope: Array, low: float, high: float) -> None:
     """As `passes.gradient` of learned scales: keep the gradient inside the grid, and sum up each block's slope in its log scale."""
     length = np.uint64(gradient.shape[1])
@@ -144,13 +153,13 @@ def learn(gradient: Array, weight: Array, deployed: Array, scale: Array, slope: 
         slope[k] = total
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, {SCALES}, {GRID})", cache=True, nogil=True, error_model="numpy", fastmath=SUMS)
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {SCALES}, {GRID})", fastmath=SUMS)
 def weigh(gradient: Array, weight: Array, scale: Array, slope: Array, low: float, high: float, shift: float) -> None:
     """As `passes.gradient` of learned scales under a latent forward pass: sum up the slope of the weighted rounding error."""
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
         factor = scale[k]
-        divisor = INFINITE if factor == ZERO else factor
+        divisor = divisor_of(factor)
         bottom, top = min(factor * low, factor * high), max(factor * low, factor * high)
         total = ZERO
         for j in range(length):
@@ -161,17 +170,17 @@ def weigh(gradient: Array, weight: Array, scale: Array, slope: Array, low: float
         slope[k] = total
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES}, {NUMBER}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {NUMBER}, {NUMBER})")
 def clip(gradient: Array, weight: Array, scale: Array, low: float, high: float) -> None:
     """As `passes.gradient` of clipped STE."""
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
-        divisor = INFINITE if scale[k] == ZERO else scale[k]
+        divisor = divisor_of(scale[k])
         for j in range(length):
             gradient[k, j] *= ONE if low <= weight[k, j] / divisor <= high else ZERO
 
 
-@njit(f"void({ROWS}, {ROWS}, {SCALES})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({ROWS}, {ROWS}, {SCALES})")
 def observe(gradient: Array, mean: Array, share: Array) -> None:
     """Take squared gradients into an average; `share`: what they have in it."""
     length = np.uint64(gradient.shape[1])
@@ -182,11 +191,8 @@ def observe(gradient: Array, mean: Array, share: Array) -> None:
             mean[k, j] = (square - old) * part + old
 
 
-@njit(
+@compiled(
     f"{NUMBER}({', '.join([SCALES] * 4)}, {NUMBER}, {GRID}, {', '.join([NUMBER] * 3)})",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
     fastmath=SUMS,
 )
 def cells(
@@ -207,7 +213,7 @@ def cells(
     `pull`: half the strength in loss terms; `tolerance`: how far from a grid value a weight lies on it; `near`: from where on it sits on
     the edge.
     """
-    divisor, strength = INFINITE if step == ZERO else step, step * pull
+    divisor, strength = divisor_of(step), step * pull
     total = marks = ZERO
     for j in range(np.uint64(weight.shape[0])):
         units = min(max(weight[j] / divisor, low), high)
@@ -223,11 +229,8 @@ def cells(
     return total / max(marks, HALF)
 
 
-@njit(
+@compiled(
     f"void({', '.join([ROWS] * 4)}, {SCALES}, {GRID}, {', '.join([NUMBER] * 6)}, boolean)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
     fastmath=SUMS,
 )
 def push(
@@ -266,11 +269,8 @@ def push(
             moment[k, j] += force[j] * factor
 
 
-@njit(
+@compiled(
     f"void({', '.join([ROWS] * 3)}, {SCALES}, {GRID}, {', '.join([NUMBER] * 4)}, boolean)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
     fastmath=SUMS,
 )
 def descend(
@@ -297,7 +297,7 @@ def descend(
             into[k, j] = (force[j] + mark[j] * share) * rate
 
 
-@njit(f"void({', '.join([ROWS] * 3)}, {SCALES}, {SCALES}, {GRID}, {NUMBER}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
+@compiled(f"void({', '.join([ROWS] * 3)}, {SCALES}, {SCALES}, {GRID}, {NUMBER}, {NUMBER})")
 def couple(
     gradient: Array,
     weight: Array,
@@ -313,7 +313,7 @@ def couple(
     """As `passes.gradient` of coupled LOTION: add the penalty's gradient, then take the square of the task's into the average."""
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
-        divisor, strength, part = INFINITE if scale[k] == ZERO else scale[k], scale[k] * pull, share[k]
+        divisor, strength, part = divisor_of(scale[k]), scale[k] * pull, share[k]
         for j in range(length):
             task, old = gradient[k, j], mean[k, j]
             units = min(max(weight[k, j] / divisor, low), high)
