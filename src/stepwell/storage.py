@@ -73,6 +73,12 @@ def load(path: str | Path) -> Any:
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, not written by `save`, or codes, scales and description that do not agree.
     """
+    weights = dict(load_each(path))
+    return weights[SINGLE] if read_header(path)["single"] else weights
+
+
+def load_each(path: str | Path) -> Iterator[tuple[str, Encoded]]:
+    """Yield what `save` wrote one weight at a time, so that no other is in memory; errors as in `load`."""
     path = Path(path)
     header = read_header(path)
     with _open(path) as file, _damage(path):
@@ -81,12 +87,10 @@ def load(path: str | Path) -> Any:
         expected = {f"{name}.{part}" for name, entry in described.items() for part in _parts(entry.quantizer)}
         if stored != expected:
             raise ValueError(f"tensors {sorted(stored ^ expected)[:4]} are described but not there, or there but not described")
-    weights = {}
-    with _open(path) as file:
-        for name, entry in described.items():
-            with _damage(path, f"weight {name!r}: "):
-                weights[name] = _weight(name, entry, file)
-    return weights[SINGLE] if header["single"] else weights
+    for name, entry in described.items():
+        with _open(path) as file, _damage(path, f"weight {name!r}: "):
+            weight = _weight(name, entry, file)
+        yield name, weight
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

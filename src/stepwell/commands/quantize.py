@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from stepwell.commands.explain import as_mapping, dumped, open_in_browser
 from stepwell.commands.output import Json, console, print_json, print_table
 
 if TYPE_CHECKING:
+    from stepwell.ship.quantize import Order
     from stepwell.ship.records import Shipped
     from stepwell.ship.rounding import Progress
 
@@ -59,12 +61,18 @@ def quantize(
     from stepwell.ship.quantize import Order
     from stepwell.ship.source import folder_of
 
-    chosen = "rtn" if method == "auto" and data is None and folder_of(model) is not None else method
+    checkpoint = folder_of(model)
+    chosen = "rtn" if method == "auto" and data is None and checkpoint is not None else method
     order = Order(target, chosen, bits, block, tolerance, steps, rate, tuple(skip or ()), seed, force)
     _ = order.grid
     check_place(out, force=force)
-    with redirect_stdout(sys.stderr):  # what the user's own code prints must not stand between the results, JSON above all
-        shipped = run(model, data, out, order, batches, window)
+    with (
+        redirect_stdout(sys.stderr),  # what the user's own code prints must not stand between the results, JSON above all
+        progress_bar() as progress,
+        making(model, data, out, order, batches, window, progress) as draft,
+    ):
+        shipped = replace(draft, out=str(out.absolute()))
+        write(shipped, Path(draft.out))
     if json:
         print_json(as_results(shipped))
     else:
@@ -75,26 +83,34 @@ def quantize(
         raise typer.Exit(1)
 
 
-def run(model: str, data: Path | None, out: Path, order: Any, batches: int, window: int | None) -> "Shipped":
-    """Load, quantize and write, with a bar on standard error."""
-    from dataclasses import replace
-
-    from stepwell.commands.quantize_page import page
-    from stepwell.report import render
+@contextmanager
+def making(
+    model: str, data: Path | None, out: Path, order: "Order", batches: int, window: int | None, progress: "Progress"
+) -> Iterator["Shipped"]:
+    """Yield a finished artifact that takes its name after the block; its model is held in memory only where that is needed."""
     from stepwell.ship.choice import TRAINED
     from stepwell.ship.quantize import quantize as ship
-    from stepwell.ship.source import open_source
+    from stepwell.ship.source import folder_of, open_source
+    from stepwell.ship.stream import is_streamed, stream
 
+    checkpoint = folder_of(model)
+    if checkpoint is not None and is_streamed(order, checkpoint, data):
+        with stream(checkpoint, order, out, progress=progress) as shipped:
+            yield shipped
+        return
+    progress("loading", 0, 1)
     limit = batches + (order.steps if order.method in ("auto", *TRAINED) else 0)
-    with progress_bar() as progress:
-        progress("loading", 0, 1)
-        source = open_source(model, data, limit=limit, window=window)
-        with ship(source, order, out, progress=progress) as draft:
-            shipped = replace(draft, out=str(out.absolute()))
-            folder = Path(draft.out)
-            (folder / RESULTS_FILE).write_text(dumped(as_results(shipped)), encoding="utf-8")
-            (folder / PAGE_FILE).write_text(render(page(shipped)), encoding="utf-8")
-    return shipped
+    with ship(open_source(model, data, limit=limit, window=window), order, out, progress=progress) as shipped:
+        yield shipped
+
+
+def write(shipped: "Shipped", folder: Path) -> None:
+    """Write the certificate into an artifact."""
+    from stepwell.commands.quantize_page import page
+    from stepwell.report import render
+
+    (folder / RESULTS_FILE).write_text(dumped(as_results(shipped)), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(render(page(shipped)), encoding="utf-8")
 
 
 @contextmanager

@@ -117,12 +117,12 @@ def quantize(source: Source, order: Order, out: Path, *, progress: Progress) -> 
             with logits_only(source):
                 checked = verify(folder / route.file, source.model, source.example, store)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        if source.checkpoint is not None:
-            copy_tokenizer(source.checkpoint.folder, (folder / route.file) if route.folder else folder)
+        if source.checkpoint is not None and not route.folder:
+            copy_tokenizer(source.checkpoint.folder, folder)
         served = out.absolute() / route.file
         yield Shipped(
             model=source.name, target=order.target, grid=str(order.grid), choice=choice, out=str(folder), file=route.file,
-            serve=route.serve.format(path=served), files=_digests(folder),
+            serve=route.serve.format(path=served), files=digests(folder),
             certificate=replace(checked, path=str(served)), weights=rows, floats=floats, notes=written.notes,
             elements=sum(row.elements for row in rows), total=chosen.total, losses=Losses.of(before, after, source.unit),
             tolerance=order.tolerance, seconds=dict(clock.seconds), peak=peak_memory(), facts=source.facts,
@@ -220,6 +220,6 @@ def _weight(name: str, encoded: Encoded, originals: _Originals, method: str) -> 
     return Weight(name, shape, str(encoded.quantizer), stored_bits(encoded.quantizer, shape), error, sha256_of(encoded), method)
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file by its name inside the folder."""
     return {file.relative_to(folder).as_posix(): digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}

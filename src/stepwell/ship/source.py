@@ -1,7 +1,7 @@
 """Source: what is quantized: a Hugging Face folder or a Python function, with or without data to run it on."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ class Source:
         unit: of the loss.
         facts: name and value of what a reader should know.
         checkpoint: the folder it comes from; None for a function.
+        weights: where the model is without memory: its tensors by name, read from the checkpoint one at a time; else None.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     unit: str
     facts: tuple[tuple[str, str], ...]
     checkpoint: Checkpoint | None
+    weights: Mapping[str, Tensor] | None = None
 
     @property
     def example(self) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from stepwell.runtimes import target as grid_of
 from stepwell.runtimes import targets
 from stepwell.ship.source import Source, logits_only
 from stepwell.ship.tensor_file import write_encoded, write_tensors
+from stepwell.ship.tokenizer import copy_tokenizer
 
 ENCODED, REST = "encoded.safetensors", "rest.safetensors"
 Weights = Mapping[str, Encoded]
@@ -43,6 +44,7 @@ class Route:
         folders: whether the model must come from a Hugging Face folder.
         matrices: whether it holds quantized weights of two dimensions only.
         folder: whether what is served is a folder.
+        streams: whether it can be written and read again tensor by tensor, from a model without memory.
     """
 
     family: str
@@ -52,6 +54,7 @@ class Route:
     folders: bool = False
     matrices: bool = True
     folder: bool = False
+    streams: bool = False
 
 
 def _onnx_matmulnbits(source: Source, encoded: Weights, path: Path) -> Written:
@@ -60,6 +63,36 @@ def _onnx_matmulnbits(source: Source, encoded: Weights, path: Path) -> Written:
 
     with logits_only(source):
         return Written(onnx(source.model, encoded, source.example, path, sequence=None if source.checkpoint is None else 1).floats)
+
+
+def _onnx_qdq(source: Source, encoded: Weights, path: Path) -> Written:
+    """Write DequantizeLinear in front of every product; it holds convolutions as well."""
+    from stepwell.export.onnx import onnx_qdq
+
+    with logits_only(source):
+        return Written(onnx_qdq(source.model, encoded, source.example, path, sequence=None if source.checkpoint is None else 1).floats)
+
+
+def _compressed_tensors(source: Source, encoded: Weights, path: Path) -> Written:
+    """Write a folder that transformers and vLLM load, tokenizer included."""
+    from stepwell.export.compressed_tensors import compressed_tensors
+
+    written = Written(compressed_tensors(source.model, encoded, path, weights=source.weights).floats)
+    return _with_tokenizer(source, path, written)
+
+
+def _torchao(source: Source, encoded: Weights, path: Path) -> Written:
+    """Write a folder of torchao tensors that transformers loads, tokenizer included."""
+    from stepwell.export.torchao import torchao
+
+    return _with_tokenizer(source, path, Written(torchao(source.model, encoded, path).floats))
+
+
+def _with_tokenizer(source: Source, path: Path, written: Written) -> Written:
+    """Copy the tokenizer into a model's folder."""
+    assert source.checkpoint is not None
+    copy_tokenizer(source.checkpoint.folder, path)
+    return written
 
 
 def _gguf(source: Source, encoded: Weights, path: Path) -> Written:
@@ -75,21 +108,35 @@ def _gguf(source: Source, encoded: Weights, path: Path) -> Written:
         read_tokenizer(folder)
     except ValueError as error:
         folder, notes = None, (f"The file has no vocabulary and runs on token ids: {error}",)
-    return Written(gguf(source.model, encoded, path, tokenizer=folder).floats, notes)
+    return Written(gguf(source.model, encoded, path, tokenizer=folder, weights=source.weights).floats, notes)
 
 
 def _safetensors(source: Source, encoded: Weights, path: Path) -> Written:
     """Write codes and scales, and beside them every tensor else, in the dtype of the checkpoint where nothing is lost."""
     write_encoded(path, ((name, encoded[name]) for name in encoded), names=list(encoded))
-    quantized = {id(parameter) for name, parameter in source.model.named_parameters(remove_duplicate=False) if name in encoded}
-    rest = {name: value for name, value in source.model.state_dict(keep_vars=True).items() if id(value) not in quantized}
-    write_tensors(path.with_name(REST), ((name, _narrow(source, name, value)) for name, value in rest.items()), names=list(rest))
+    rest: Mapping[str, Tensor]
+    if source.weights is not None:
+        rest = source.weights
+        names = [name for name in rest if name not in encoded]
+    else:
+        quantized = {id(parameter) for name, parameter in source.model.named_parameters(remove_duplicate=False) if name in encoded}
+        rest = source.model.state_dict(keep_vars=True)
+        names = [name for name, value in rest.items() if id(value) not in quantized]
+    write_tensors(path.with_name(REST), ((name, _narrow(source, name, rest[name])) for name in names), names=names)
     return Written({})
 
 
 _ONNX = """import onnxruntime
 session = onnxruntime.InferenceSession("{path}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{session.get_inputs()[0].name: inputs}})"""
+_QDQ = """import onnxruntime
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else activations are rounded to 8 bits
+session = onnxruntime.InferenceSession("{path}", options, providers=["CPUExecutionProvider"])
+outputs = session.run(None, {{session.get_inputs()[0].name: inputs}})"""
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")"""
 _OURS = """import stepwell as sw
 encoded = sw.load("{path}")  # name -> codes and scales; the other tensors are in rest.safetensors beside it
 weights = {{name: one.decode() for name, one in encoded.items()}}"""
@@ -98,8 +145,11 @@ ROUTES = {
     row.family: row
     for row in (
         Route("onnx:matmulnbits", "model.onnx", _onnx_matmulnbits, _ONNX),
-        Route("gguf", "model.gguf", _gguf, "llama-server -m {path}", folders=True),
-        Route("safetensors", ENCODED, _safetensors, _OURS, matrices=False),
+        Route("onnx:qdq", "model.onnx", _onnx_qdq, _QDQ, matrices=False),
+        Route("compressed-tensors", "model", _compressed_tensors, "vllm serve {path}", folders=True, folder=True, streams=True),
+        Route("torchao", "model", _torchao, _TRANSFORMERS, folders=True, folder=True),
+        Route("gguf", "model.gguf", _gguf, "llama-server -m {path}", folders=True, streams=True),
+        Route("safetensors", ENCODED, _safetensors, _OURS, matrices=False, streams=True),
     )
 }
 
