@@ -1,6 +1,6 @@
 """Which method trains the best network at 4, 3 and 2 bits? One model, one budget, the same data for everyone.
 
-    python benchmarks/estimators.py [--only METHOD] [--bits 4.5 4 3 2] [--sweep] [--tables]
+    python benchmarks/estimators.py [--only METHOD] [--bits 4.5 4 3 2] [--sweep] [--wide] [--tables]
 
 Protocol: `estimating/lab.py` says what is trained, `estimating/methods.py` and `peers.py` how. Every method gets three learning rates,
 tried at 3 bits on the validation part of the corpus with the data of seed 0, and is reported at all widths on the test part with three
@@ -8,7 +8,7 @@ other seeds: the best rate's losses, less those of full precision with the same 
 teacher are held against full precision with the same teacher, which is the full-precision run of the same seed. A run that
 results/estimators.csv holds is not repeated. Writes estimators.csv (runs), estimators_table.csv, estimators.svg and the tables of
 docs/methods.md; `--tables` runs nothing. `--sweep` takes a method over a fourfold range of rates (test part, one seed) into
-estimators_rates.csv.
+estimators_rates.csv; `--wide` measures its reported runs on 4096 test sequences instead of 512 (estimators_wide.csv).
 
 Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies unfoldNd`.
 About an hour and a half of one core.
@@ -47,12 +47,22 @@ def sweep(lab: Lab, name: str, arm: Arm, bits: float) -> Iterator[Run]:
             yield made(table, lab, key, arm)
 
 
+def measured_wide(lab: Lab, name: str, arm: Arm, bits: float, rate: float) -> Iterator[Run]:
+    """Make a method's reported runs again, and measure them on eight times as many sequences of the test part."""
+    table = Table(RESULTS / "estimators_wide.csv")
+    there = {run.key for run in table.runs}
+    for seed in SEEDS:
+        if (name, bits, rate, seed, "wide") not in there:
+            yield made(table, lab, (name, bits, rate, seed, "wide"), arm)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="methods; else all")
     parser.add_argument("--bits", nargs="+", type=float, choices=ALL, default=list(ALL), help="widths; 4.5 is NVFP4")
     parser.add_argument("--tables", action="store_true", help="run nothing, summarise")
     parser.add_argument("--sweep", action="store_true", help="over learning rates, instead of the comparison")
+    parser.add_argument("--wide", action="store_true", help="on eight times as many test sequences, instead of the comparison")
     options = parser.parse_args()
     torch.set_num_threads(1)
     everyone, table, lab = ordered(), Table(RESULTS / "estimators.csv"), Lab()
@@ -66,10 +76,14 @@ def main() -> None:
         for bits in everyone[name].widths:
             if bits not in (FLOAT_BITS, *options.bits):
                 continue
-            runs = sweep(lab, name, everyone[name], bits) if options.sweep else fill(table, lab, name, everyone[name], bits)
+            runs = fill(table, lab, name, everyone[name], bits)
+            if options.sweep:
+                runs = sweep(lab, name, everyone[name], bits)
+            elif options.wide:
+                runs = measured_wide(lab, name, everyone[name], bits, table.chosen(name, everyone[name]))
             for run in runs:
                 print(f"{name:<26} {bits:>3} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
-    if options.sweep:
+    if options.sweep or options.wide:
         return
     write(summarise(table, everyone), RESULTS / "estimators_table.csv")
     rows = read(RESULTS / "estimators_table.csv")  # what the page says is what the file says, to the last digit

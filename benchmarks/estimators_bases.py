@@ -1,12 +1,15 @@
 """Is the base of `estimators.py` as hard to quantize as the one that our goals were measured on? Reference rows of other bases beside it.
 
-    python benchmarks/estimators_bases.py [--only VARIANT] [--table]
+    python benchmarks/estimators_bases.py [--only VARIANT] [--table] [--after]
 
 The goals (nats above full precision at 4, 3 and 2 bits) come from a trial whose protocol leaves details of the base open: initial weights,
 biases, norm, weight decay, text. Every variant changes such details; its rows are full precision at two rates, rounding by absolute
 maximum and at searched scales, and plain straight-through training, seed 0, validation part. Compared are residuals, since the texts
 differ. `distance` is the root mean square over twelve rows of log(residual here / residual in the trial); the default recipe is not run
 here, so that a base cannot be chosen for it. Results: results/estimators_bases.csv. A quarter of an hour of one core.
+
+`--after`, once the base is chosen: the default and torchao's PARQ on some of the bases, at the rate that both have in the comparison, into
+results/estimators_bases_after.csv: how much of a residual is the base's.
 """
 
 import argparse
@@ -17,12 +20,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from estimating.lab import LENGTH, Base, Lab
-from estimating.methods import grid, ours
+from estimating.methods import arms, grid, ours
+from estimating.peers import peers
 from estimating.runs import RESULTS
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,6 +45,13 @@ TRIAL = {  # loss in the trial by row and width; the first two are full precisio
     **{("rtn, searched, full", 1.5e-3, bits): loss for bits, loss in zip(WIDTHS, (1.6434, 1.6963, 2.0174), strict=True)},
     **{("ste", 1.5e-3, bits): loss for bits, loss in zip(WIDTHS, (1.6352, 1.6566, 1.8173), strict=True)},
 }
+AFTER_RATE = 2.2e-3
+AFTER = {  # of the trial: means of three seeds
+    ("full precision", AFTER_RATE, 32): 1.6284,
+    **{("default", AFTER_RATE, bits): loss for bits, loss in zip((3, 2), (1.6381, 1.6641), strict=True)},
+    **{("torchao parq", AFTER_RATE, bits): loss for bits, loss in zip((3, 2), (1.6432, 1.6738), strict=True)},
+}
+AFTER_BASES = ("ours", "linear N(0, .02)", "embeddings N(0, 1)", "no biases, RMSNorm")
 Key = tuple[str, float, int]
 
 
@@ -183,6 +193,13 @@ def rows(lab: Lab) -> Iterator[tuple[Key, float]]:
         yield ("ste", RATES[0], bits), lab.loss(ours("sym", lambda q, lab: sw.ste(q))(lab, bits, RATES[0], 0).model, "validation")
 
 
+def after(lab: Lab) -> Iterator[tuple[Key, float]]:
+    """Train and measure the default and the best peer."""
+    everyone = arms() | peers()
+    for name, rate, bits in AFTER:
+        yield (name, rate, bits), lab.loss(everyone[name].start(lab, bits, rate, 0).model, "validation")
+
+
 def distance(entries: list[Entry]) -> float:
     """Return the root mean square of the logarithms of residual here over residual in the trial."""
     floors = {entry.rate: entry for entry in entries if entry.row == "full precision"}
@@ -198,18 +215,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="variants; else all")
     parser.add_argument("--table", action="store_true", help="run nothing, print")
+    parser.add_argument("--after", action="store_true", help="the default and the best peer on some of the bases")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path: Path = RESULTS / "estimators_bases.csv"
+    path = RESULTS / ("estimators_bases_after.csv" if options.after else "estimators_bases.csv")
+    trial, measured, names = (AFTER, after, AFTER_BASES) if options.after else (TRIAL, rows, tuple(variants()))
     entries: list[Entry] = []
     if path.exists():
         with path.open(newline="") as file:
             entries = [Entry(*row[:2], float(row[2]), int(row[3]), float(row[4]), float(row[5])) for row in list(csv.reader(file))[1:]]
-    for name, base in variants().items():
-        if options.table or any(entry.variant == name for entry in entries) or (options.only and name not in options.only):
+    for name in () if options.table else options.only or names:
+        if any(entry.variant == name for entry in entries):
             continue
-        entries += [Entry(name, *key, loss, TRIAL[key]) for key, loss in rows(Lab(base))]
-        print(f"{name}: {distance([entry for entry in entries if entry.variant == name]):.3f}", file=sys.stderr)
+        entries += [Entry(name, *key, loss, trial[key]) for key, loss in measured(Lab(variants()[name]))]
+        print(name, file=sys.stderr)
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Entry._fields)
@@ -218,7 +237,7 @@ def main() -> None:
         own = [entry for entry in entries if entry.variant == name]
         floors = {entry.rate: entry.loss for entry in own if entry.row == "full precision"}
         text = " ".join(f"{entry.loss - floors[entry.rate]:.4f}" for entry in own if entry.row != "full precision")
-        print(f"{name:<40} {distance(own):.3f}  {floors[RATES[0]]:.4f} {floors[RATES[1]]:.4f}  {text}")
+        print(f"{name:<40} {distance(own):.3f}  {' '.join(f'{floor:.4f}' for floor in floors.values())}  {text}")
 
 
 if __name__ == "__main__":

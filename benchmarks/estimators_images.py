@@ -161,6 +161,13 @@ def written(path: Path, rows: Sequence[NamedTuple]) -> None:
         writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
 
 
+def read(path: Path) -> list[Row]:
+    """Return the rows of a written table."""
+    kinds = Row.__annotations__
+    with path.open(newline="") as file:
+        return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks; else both")
@@ -190,7 +197,7 @@ def main() -> None:
     rows = summarise(shots, everyone)
     if rows:
         written(RESULTS / "estimators_images_table.csv", rows)
-        document(rows, ROOT / "docs" / "methods.md")
+        document(read(RESULTS / "estimators_images_table.csv"), ROOT / "docs" / "methods.md")
     print(f"{len(shots)} runs, {sum(shot.seconds for shot in shots) / 3600:.2f} hours of one core")
 
 

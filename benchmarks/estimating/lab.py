@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 BATCH, LENGTH, BLOCK = 16, 64, 64
 TERMS = BATCH * LENGTH  # loss terms averaged per step
 PEAK, BASE_STEPS, BASE_SEED = 3e-3, 1600, 1000
-STEPS, HELD_OUT = 250, 512
+STEPS, HELD_OUT, WIDE = 250, 512, 4096
 SKIP = ("head",)
 TEACHER_RATE = 2.2e-3  # the best of five for full precision, on validation data
 
@@ -99,7 +99,9 @@ class Lab:
         return list(byte_batches(self.corpus.train, size=BATCH, length=LENGTH, steps=steps, seed=seed))
 
     def held_out(self, split: str) -> Tensor:
-        """Return 512 sequences of "validation" or "test"."""
+        """Return 512 sequences of "validation" or "test"; "wide" are 4096 of the test part."""
+        if split == "wide":
+            return sequences(self.corpus.test, length=LENGTH, count=WIDE)
         return sequences(getattr(self.corpus, split), length=LENGTH, count=HELD_OUT)
 
     def model(self) -> nn.Module:
@@ -141,7 +143,7 @@ class Lab:
     def loss(self, model: nn.Module, split: str) -> float:
         """Return nats per byte of a model as it is."""
         with torch.no_grad():
-            return float(byte_losses(model, self.held_out(split)).mean())
+            return float(torch.cat([byte_losses(model, some) for some in self.held_out(split).split(HELD_OUT)]).mean())
 
 
 def step(model: nn.Module, optimizer: Optimizer, batch: Tensor, loss: Loss) -> None:

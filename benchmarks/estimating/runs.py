@@ -125,8 +125,8 @@ def under_randomized_rounding(lab: Lab, finished: Finished, split: str) -> tuple
     with torch.no_grad():
         for _ in range(DRAWS):
             for name, encoded in finished.encoded.items():
-                drawn = encoded.quantizer(finished.latents[name], scale=encoded.scales, rounding=sw.stochastic(generator))
-                held[name].copy_(drawn)
+                scales = encoded.scales if encoded.tensor_scale is None else encoded.scales * encoded.tensor_scale
+                held[name].copy_(encoded.quantizer(finished.latents[name], scale=scales, rounding=sw.stochastic(generator)))
             losses.append(lab.loss(finished.model, split))
         for name in finished.encoded:
             held[name].copy_(finished.latents[name])
