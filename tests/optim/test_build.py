@@ -127,7 +127,7 @@ def test_environment_chooses(monkeypatch):
     monkeypatch.setenv(engines.VARIABLE, "none")
     assert engines.best.__wrapped__() is None
     monkeypatch.setenv(engines.VARIABLE, "fortran")
-    with pytest.raises(ValueError, match="must be one of c, numba and none: got 'fortran'"):
+    with pytest.raises(ValueError, match="must be one of c, numba, triton and none: got 'fortran'"):
         engines.best.__wrapped__()
 
 
@@ -143,3 +143,19 @@ def test_numba_without_a_place_for_its_cache_still_compiles(monkeypatch):
 
 def test_the_source_is_shipped():
     assert files("stepwell.optim").joinpath("kernel.c").read_text().startswith("/* One optimizer step")
+
+
+def test_kernel_for_gpus_is_missed_by_name(monkeypatch):
+    from stepwell.optim import engines
+
+    monkeypatch.setenv(engines.VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    engines.best.cache_clear()
+    engines.load.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="`STEPWELL_KERNEL=triton` needs a GPU, and triton"):
+            engines.best()
+    finally:
+        engines.best.cache_clear()
+        engines.load.cache_clear()

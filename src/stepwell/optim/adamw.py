@@ -24,7 +24,7 @@ class AdamW(torch.optim.AdamW):
     On the CPU, float32 parameters under `ste`, `lotion` and `ste + lotion` on symmetric and full integer grids with float32 scales are
     stepped in one pass, in C where a compiler is found (compiled at first use, kept in the user's cache directory), else in numba (extra
     `fast`). Everything else is stepped by torch, with the method's passes around it. The environment variable STEPWELL_KERNEL chooses
-    "c", "numba" or "none".
+    "c", "numba" or "none", or "triton" for the same on a GPU, which nobody has measured yet.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`; parameters under amsgrad are stepped by torch.
@@ -57,26 +57,30 @@ class AdamW(torch.optim.AdamW):
                     f"`{name}` must not be {wrong}: got {name}={value} for an optimizer whose step is fused. Use torch.optim.AdamW."
                 )
         self._tasks: dict[Tensor, Task] = {}
+        self._counts: dict[Tensor, tuple[Tensor, int, float]] = {}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take back a state; one that another implementation saved goes on fused."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._tasks = {}
+        self._tasks, self._counts = {}, {}
         for group in self.param_groups:
             group.update(fused=True, foreach=None, capturable=False, differentiable=False)
 
     @property
     def kernel(self) -> str | None:
-        """What steps parameters under a method in one pass: "c", "numba", or None where this machine has neither."""
+        """What steps parameters under a method in one pass: "c" or "numba", "triton" where it was asked for, or None."""
         engine = engines.best()
         return None if engine is None else engine.name
 
-    def serves(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> bool:
-        """Whether this optimizer can take a `Task` for a parameter of one of its groups, as both are now."""
-        plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype == torch.float32  # no shards, no subclasses
+    def serves(self, parameter: nn.Parameter, group: Mapping[str, Any], block: int = 1) -> bool:
+        """Whether this optimizer can take a `Task` with blocks of this length for a parameter of one of its groups, as both are now."""
+        plain = type(parameter) is nn.Parameter and parameter.dtype == torch.float32  # no shards, no subclasses
         laid_out = plain and parameter.layout == torch.strided and parameter.is_contiguous() and parameter.numel() > 0
-        return laid_out and not group["amsgrad"] and self.kernel is not None
+        if not laid_out or group["amsgrad"] or parameter.device.type not in ("cpu", "cuda"):
+            return False
+        engine = engines.best()
+        return engine is not None and parameter.device.type in engine.devices and (engine.longest is None or block <= engine.longest)
 
     def assign(self, tasks: dict[Tensor, Task]) -> None:
         """Set what the next step does for parameters that it serves; an empty dictionary takes back what was set."""
@@ -131,6 +135,16 @@ class AdamW(torch.optim.AdamW):
             first, second = state["exp_avg"], state["exp_avg_sq"]
             shown, weight = (None, parameter) if task.latent is None else (parameter, task.latent)
             arrays = Arrays(shown, weight, gradient.contiguous(), first, second, task.scales)
-            engines.run(engine, arrays, task.block, numbers.of(state["step"].item(), task))
+            engines.run(engine, arrays, task.block, numbers.of(self._count(parameter, state["step"]), task))
             written += [weight, first, second] if shown is None else [shown, weight, first, second]
         torch.autograd.graph.increment_version(written)
+
+    def _count(self, parameter: Tensor, step: Tensor) -> float:
+        """Return a parameter's step count, which was just increased; one that lies on a GPU is read once and then counted along."""
+        if step.is_cpu:
+            return step.item()
+        known = self._counts.get(parameter)
+        along = known is not None and known[0] is step and known[1] + 1 == step._version
+        count = known[2] + 1 if known is not None and along else step.item()
+        self._counts[parameter] = (step, step._version, count)
+        return count

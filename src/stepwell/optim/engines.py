@@ -1,11 +1,7 @@
-"""Engines: the kernels that can do a step in one pass, which of them this machine has, and how their work is spread over threads.
-
-Threads are Python's: both kernels let go of the interpreter, and a pool of our own does not mix two OpenMP runtimes in one process.
-"""
+"""Engines: the kernels that can do a step in one pass, which of them this machine has, and how their work is spread over threads."""
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -15,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepwell.optim import build
+from stepwell.threads import spread
 
 NAMES = ("c", "numba")  # best first
-VARIABLE = "STEPWELL_KERNEL"  # environment: "c" or "numba" asks for that one alone, "none" for neither
+ASKED = "triton"  # for GPUs, and only where it is asked for: it was checked in Triton's interpreter alone
+VARIABLE = "STEPWELL_KERNEL"  # environment: one of these names asks for that one alone, "none" for none
 CUT = 128  # rows; kernels give the same bits wherever rows are cut at multiples of it
 WORTH = 1 << 17  # elements that are worth a thread: a tenth of a millisecond
 
@@ -37,10 +35,19 @@ Step = Callable[[Arrays, int, int, int, NDArray[np.void]], None]
 
 
 class Engine(NamedTuple):
-    """A kernel: `step(arrays, start, stop, block, numbers)` steps the blocks from `start` to `stop`."""
+    """A kernel: `step(arrays, start, stop, block, numbers)` steps the blocks from `start` to `stop`.
+
+    Attributes:
+        name: of it.
+        step: the function.
+        devices: types of the devices whose tensors it steps.
+        longest: the longest block that it takes; None is any.
+    """
 
     name: str
     step: Step
+    devices: tuple[str, ...] = ("cpu",)
+    longest: int | None = None
 
 
 @cache
@@ -51,13 +58,13 @@ def best() -> Engine | None:
         ValueError: the environment variable asks for a kernel that does not exist, or that this machine cannot have.
     """
     asked = os.environ.get(VARIABLE, "")
-    if asked not in ("", "none", *NAMES):
-        raise ValueError(f"`{VARIABLE}` must be one of {', '.join(NAMES)} and none: got {asked!r}.")
+    if asked not in ("", "none", *NAMES, ASKED):
+        raise ValueError(f"`{VARIABLE}` must be one of {', '.join((*NAMES, ASKED))} and none: got {asked!r}.")
     if asked == "none":
         return None
     found = next((engine for name in ((asked,) if asked else NAMES) if (engine := load(name)) is not None), None)
     if asked and found is None:
-        needs = "a C compiler (cc, gcc or clang)" if asked == "c" else 'numba: pip install "stepwell[fast]"'
+        needs = {"c": "a C compiler (cc, gcc or clang)", "numba": 'numba: pip install "stepwell[fast]"', ASKED: "a GPU, and triton"}[asked]
         raise ValueError(f"`{VARIABLE}={asked}` needs {needs}. Leave the variable empty to take what there is.")
     return found
 
@@ -65,6 +72,8 @@ def best() -> Engine | None:
 @cache
 def load(name: str) -> Engine | None:
     """Return the kernel of this name, or None where the machine cannot have it."""
+    if name == ASKED:
+        return _in_triton()
     step = _in_c() if name == "c" else _in_numba()
     return None if step is None else Engine(name, step)
 
@@ -72,23 +81,10 @@ def load(name: str) -> Engine | None:
 def run(engine: Engine, arrays: Arrays, block: int, numbers: NDArray[np.void]) -> None:
     """Step all blocks of a parameter, with as many threads as torch uses."""
     elements = arrays.weight.numel()
-    rows, threads = elements // block, min(torch.get_num_threads(), max(1, elements // WORTH))
-    share = -(-rows // (threads * CUT)) * CUT
-    if share >= rows:
-        engine.step(arrays, 0, rows, block, numbers)
+    if engine.name == ASKED:
+        engine.step(arrays, 0, elements // block, block, numbers)
         return
-    pool, starts = _pool(os.getpid(), threads), range(share, rows, share)
-    waiting = [pool.submit(engine.step, arrays, start, min(start + share, rows), block, numbers) for start in starts]
-    engine.step(arrays, 0, share, block, numbers)
-    for future in waiting:
-        future.result()
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Return helpers for one thread that works itself; a forked process, which inherits none, makes its own."""
-    del process
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="stepwell")
+    spread(lambda start, stop: engine.step(arrays, start, stop, block, numbers), elements // block, most=elements // WORTH, cut=CUT)
 
 
 def _in_c() -> Step | None:
@@ -127,3 +123,21 @@ def _in_numba() -> Step | None:
         kernel_numba.step(*flat, start, stop, block, numbers)
 
     return step
+
+
+def _in_triton() -> Engine | None:
+    """Return the kernel for GPUs, where there is one, or for the CPU inside Triton's interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (interpreted or torch.cuda.is_available()):
+        return None
+    try:
+        from stepwell.optim import kernel_triton
+    except ImportError:
+        return None
+
+    def step(arrays: Arrays, start: int, stop: int, block: int, numbers: NDArray[np.void]) -> None:
+        assert start == 0
+        with torch.cuda.device_of(arrays.weight):  # type: ignore[no-untyped-call]
+            kernel_triton.step(arrays, stop, block, numbers)
+
+    return Engine(ASKED, step, ("cuda", "cpu") if interpreted else ("cuda",), kernel_triton.LONGEST)

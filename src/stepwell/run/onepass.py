@@ -32,23 +32,32 @@ def assign(optimizer: Optimizer, counted: Sequence[tuple[Managed, float]]) -> se
 
 def takes_all(managed: Sequence[Managed]) -> bool:
     """Whether an optimizer makes the whole step of every parameter, as things are now."""
-    return all(isinstance(one.optimizer, AdamW) and _known(one) and one.optimizer.serves(one.parameter, one.group) for one in managed)
+    return all(isinstance(one.optimizer, AdamW) and _served(one, one.optimizer) for one in managed)
 
 
 def task_of(one: Managed, terms: float) -> Task | None:
     """Return what a parameter's method asks of its optimizer's step, or None where the hooks must do it."""
     optimizer = one.optimizer
-    if not isinstance(optimizer, AdamW) or not _known(one) or not optimizer.serves(one.parameter, one.group):
+    if not isinstance(optimizer, AdamW) or not _served(one, optimizer):
         return None
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return None  # a GradScaler speaks to torch's own step
     fit, push = one.held_fit(one.parameter if one.latent is None else one.latent), one.method.push
-    quantizer, shape = one.quantizer, tuple(one.parameter.shape)
-    block = block_length(shape, quantizer.block, quantizer.axis)
+    quantizer, block = one.quantizer, _block(one)
     scales = None if fit is None else fit.scale.to(one.parameter).contiguous()
     if not isinstance(push, Push):
         return Task(quantizer.format, block, one.latent, scales)
     return Task(quantizer.format, block, one.latent, scales, terms, push.strength, push.through_scale, REACH)
+
+
+def _served(one: Managed, optimizer: AdamW) -> bool:
+    """Whether an optimizer makes the whole step of a parameter."""
+    return _known(one) and optimizer.serves(one.parameter, one.group, _block(one))
+
+
+def _block(one: Managed) -> int:
+    """Return how many elements share one scale."""
+    return block_length(tuple(one.parameter.shape), one.quantizer.block, one.quantizer.axis)
 
 
 def _known(one: Managed) -> bool:

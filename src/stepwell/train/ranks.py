@@ -73,7 +73,7 @@ class Ranks:
         if failure is not None:
             raise failure
         if failed:
-            raise ValueError("the first process could not do its part, and says why itself.")
+            raise ValueError(f"process {self.rank} cannot go on: the first one failed, and says why itself.")
 
     def wait(self) -> None:
         """Return once every process has come here."""
