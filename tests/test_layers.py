@@ -14,8 +14,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "stepwell"
 
 # Lowest layer first; a level is a tuple of groups, a group a set of modules or packages.
 LAYERS: tuple[tuple[set[str], ...], ...] = (
-    ({"formats", "rounding", "randomness", "blocks", "schedules"}, {"report"}),
-    ({"grids", "scales", "shrink", "quantizers", "presets", "runtimes", "packing", "storage", "selection", "modes"},),
+    ({"formats", "rounding", "randomness", "blocks", "schedules", "threads"}, {"report"}),
+    ({"grids", "scales", "shrink", "quantizers", "presets", "runtimes", "packing", "storage", "selection", "modes", "activation_grids"},),
     ({"methods"}, {"ptq"}, {"theory"}, {"health"}),
     ({"run", "optim", "activations", "testbed"},),
     ({"probes"},),
@@ -32,7 +32,7 @@ ONLY: dict[str, set[str]] = {"formats": set(), "report": set(), "theory": {"form
 REPORTERS = {"report", "train", "recipes", "integrations", "ship", "commands"}
 WITHOUT_TORCH = {"formats", "theory", "report", "commands", "cli", "__main__"}  # commands import it inside the function that needs it
 HEAVY = {
-    "PIL", "accelerate", "compressed_tensors", "datasets", "gguf", "numba", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
+    "PIL", "accelerate", "compressed_tensors", "datasets", "gguf", "llama_cpp", "numba", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
     "pandas", "pyarrow", "sklearn", "tensorboard", "tokenizers", "torchao", "transformers", "wandb",
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION = 350, 70

@@ -4,11 +4,8 @@ An eager pass calls torch some thirty times per piece of a weight; a kernel read
 common case is float32 weights in contiguous memory on a symmetric integer grid with absmax scales in float32.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +17,7 @@ from stepwell.methods.base import Context
 from stepwell.methods.lotion import Push, border, tolerance
 from stepwell.run import fused_held, passes
 from stepwell.run.managed import Managed
+from stepwell.threads import spread
 
 PAYS = 1 << 20  # managed elements from which kernels are worth some seconds of compilation, once per machine: numba keeps them on disk
 LONGEST = 1 << 14  # elements of a block whose forces stay in the cache between two loops
@@ -98,18 +96,4 @@ def _arrays(managed: Managed, tensors: list[Tensor]) -> list[Any] | None:
 def _split(kernel: Kernel, arrays: list[Any], *numbers: Any) -> None:
     """Run a kernel on as many threads as torch uses; blocks do not know of each other, so that the cut leaves no trace."""
     rows, length = arrays[0].shape
-    threads = min(torch.get_num_threads(), rows * length // SHARE)
-    if threads < 2:
-        kernel(*arrays, *numbers)
-        return
-    cuts = [rows * k // threads for k in range(threads + 1)]
-    parts = [[array[start:stop] for array in arrays] for start, stop in pairwise(cuts)]
-    for done in [_threads(os.getpid(), threads).submit(kernel, *part, *numbers) for part in parts]:
-        done.result()
-
-
-@cache
-def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    """Return a pool of threads; a forked process, which inherits none, makes its own."""
-    del process
-    return ThreadPoolExecutor(count, thread_name_prefix="stepwell")
+    spread(lambda start, stop: kernel(*(array[start:stop] for array in arrays), *numbers), rows, most=rows * length // SHARE)

@@ -5,13 +5,14 @@ compiler must fear that a write lands in the table, have a loop of their own (th
 """
 
 import numpy as np
+from numba import njit
 
-from stepwell.run.kernels_held import GRID, HALF, NUMBER, ONE, ROWS, SCALES, ZERO, Array, compiled, divisor_of, rounded
+from stepwell.run.kernels_held import GRID, HALF, NUMBER, ONE, ROWS, SCALES, ZERO, Array, divisor_of, rounded
 
 THREE = np.float32(3)
 
 
-@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {SCALES}, {GRID}, {NUMBER}, {NUMBER}, {NUMBER})")
+@njit(f"void({ROWS}, {ROWS}, {SCALES}, {SCALES}, {GRID}, {NUMBER}, {NUMBER}, {NUMBER})", cache=True, nogil=True, error_model="numpy")
 def smoothed(
     into: Array,
     weight: Array,
