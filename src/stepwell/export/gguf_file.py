@@ -125,7 +125,7 @@ def walk(header: _Header) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if header.take(4) != MAGIC or (version := header.number("I")) not in VERSIONS:
-        raise ValueError("no GGUF header of version 2 or 3")
+        raise ValueError(f"no GGUF header of version {VERSIONS[0]} or {VERSIONS[1]}")
     assert version
     tensors, fields = header.number("Q"), header.number("Q")
     alignment = 32
