@@ -144,5 +144,17 @@ def test_a_run_that_diverges_is_one_line_and_exit_code_one(run, place, monkeypat
     assert "training stopped at step 1: the loss is nan. There is no checkpoint yet." in err.strip().splitlines()[-1]
 
 
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
+    from stepwell.train import pretrain
+
+    def interrupt(session, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "advance", interrupt)
+    code, _, err = run("mine:both", "--data", "data", "--out", "interrupted")
+    assert code == 130
+    assert "--resume goes on from the last checkpoint" in err
+
+
 def test_the_bar_says_what_is_known():
     assert described({"loss": 2.5, "flips": float("nan"), "clipped": 0.25}) == "loss 2.5000  clipped 25.0 %"

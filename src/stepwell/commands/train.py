@@ -31,7 +31,9 @@ def train(
         str | None, typer.Option(help="Folder, tokenizer.json or bytes; trained on the data if left out.", show_default=False)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of the recipe's.", show_default=False)] = None,
-    micro: Annotated[int | None, typer.Option(help="Sequences at once in memory; the result does not change.", show_default=False)] = None,
+    micro: Annotated[
+        int | None, typer.Option(help="Sequences at once in memory; changes the result by rounding error only.", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and draws, in place of the recipe's.", show_default=False)] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
@@ -104,7 +106,11 @@ def bar(recipe: "Recipe") -> Iterator["Watcher"]:
             words = described(known) if known else seen.words
             progress.update(task, completed=seen.step, description=words)
 
-        yield watch
+        try:
+            yield watch
+        except KeyboardInterrupt:
+            progress.console.print("stopped; the same command with --resume goes on from the last checkpoint", highlight=False)
+            raise
 
 
 def described(values: dict[str, float]) -> str:

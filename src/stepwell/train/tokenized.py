@@ -129,7 +129,7 @@ def _write(texts: Iterator[str | None], folder: Path, tokenizer: Any, wanted: Wa
     if not (train.tokens and held.tokens):
         raise ValueError(
             f"`data` is too short: {counts['documents']} documents with text, {counts['empty']} empty, {counts['unreadable']} that are no "
-            f"UTF-8 text. One of {EVERY} documents, or pieces of a long one, is held out, so that there must be {EVERY}."
+            f"UTF-8 text. One of {EVERY} documents, or pieces of a long one, is held out, so that there must be {EVERY}. Give more text."
         )
     return {
         "version": VERSION,

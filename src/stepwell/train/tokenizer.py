@@ -9,7 +9,7 @@ from stepwell.export.extras import need, quiet
 END = "<|endoftext|>"
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # what tokenizers call the end of a document
 BYTES = "bytes"  # as a name: no merges, 256 tokens and the end of a document
-CHARACTERS = 1 << 26  # of the data that a tokenizer is trained on, at most
+CHARACTERS, PER_TOKEN = 1 << 26, 1 << 12  # of the data that a tokenizer is trained on: at most, and for each of its tokens
 LEAST = 257
 
 
@@ -34,7 +34,7 @@ def trained(texts: Iterable[str | None], vocabulary: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_beginning(texts), trainer)
+    tokenizer.train_from_iterator(_beginning(texts, min(CHARACTERS, PER_TOKEN * vocabulary)), trainer)
     return tokenizer
 
 
@@ -92,12 +92,12 @@ def _from_hub(name: str, local: bool) -> Any:
     return loaded.backend_tokenizer
 
 
-def _beginning(texts: Iterable[str | None]) -> Iterator[str]:
+def _beginning(texts: Iterable[str | None], wanted: int) -> Iterator[str]:
     """Yield documents until there are enough characters."""
     seen = 0
     for text in texts:
         if text:
             yield text
             seen += len(text)
-        if seen >= CHARACTERS:
+        if seen >= wanted:
             return
