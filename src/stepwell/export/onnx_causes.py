@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from stepwell.activations import without_rounding
 from stepwell.export import nbits, onnx_file, qdq
 from stepwell.export.certificate import Cause
-from stepwell.export.onnx_layers import INT8, Kernel, kernels
+from stepwell.export.onnx_layers import BIAS, INT8, STATIC, Kernel, kernels, save
 from stepwell.export.outputs import Compared, compare
 from stepwell.quantizers import Encoded
 
@@ -37,15 +38,26 @@ class Subject(NamedTuple):
         return compare(self.model, self.encoded, session.run, self.example, axes=self.axes)
 
 
-def explain(subject: Subject, error: float) -> tuple[list[Cause], dict[str, Kernel]]:
+class Explanation(NamedTuple):
+    """What was found out about a difference.
+
+    Attributes:
+        causes: in the order in which they were switched off.
+        kernels: for every node that holds codes, how its product is computed.
+        noise: what float32 arithmetic moves outputs by where no activation is rounded, in the unit of errors; None where none is.
+    """
+
+    causes: list[Cause]
+    kernels: dict[str, Kernel]
+    noise: float | None
+
+
+def explain(subject: Subject, error: float) -> Explanation:
     """Switch the known causes of differences off, one after another.
 
     Args:
         subject: what is checked.
         error: the largest relative difference, with the settings of `onnx_file.load`.
-
-    Returns:
-        The causes, and for every node that holds codes how its product is computed.
     """
     path, file = subject.path, subject.file
     causes, found = [], kernels(path, file, subject.example)
@@ -60,7 +72,20 @@ def explain(subject: Subject, error: float) -> tuple[list[Cause], dict[str, Kern
             after = worst(subject.compare(onnx_file.load(_exact(path, Path(folder)))))
         name, what = _words(found, "which the file asks for (accuracy level 4)", "accuracy level 1 in a copy of the file")
         causes.append(Cause(name, what, error, after))
-    return causes, found
+    rounded = [kernel for kernel in found.values() if kernel.kind.startswith(STATIC)]
+    if not rounded:
+        return Explanation(causes, found, None)
+    integer = sum(kernel.kind.endswith(BIAS) for kernel in rounded)
+    if integer:
+        before, error = causes[-1].after if causes else error, worst(subject.compare(onnx_file.load(path, biases=False)))
+        name = f"biases of {integer} products on 8-bit activations that onnxruntime rounds to int32, to steps of both scales multiplied"
+        causes.append(Cause(name, f"its optimizer {onnx_file.BIASES} disabled", before, error))
+    with TemporaryDirectory() as folder, without_rounding(subject.model):
+        bare = subject.compare(onnx_file.load(_bare(path, Path(folder))))
+    name = f"{len(rounded)} of {len(found)} products on 8-bit activations, where float32 noise decides what lies on a tie"
+    what = f"activations left in float32 in a copy of the file and in the model; each kernel modelled to {_most(rounded):.0e}"
+    causes.append(Cause(name, what, causes[-1].after if causes else error, worst(bare)))
+    return Explanation(causes, found, float(np.max([run.noise for run in bare])))
 
 
 def worst(runs: Sequence[Compared]) -> float:
@@ -70,19 +95,37 @@ def worst(runs: Sequence[Compared]) -> float:
 
 def _words(found: Mapping[str, Kernel], why: str, how: str) -> tuple[str, str]:
     """Return a cause's name and what was done about it, with how well the rounding kernels are understood."""
-    rounding = [kernel.error for kernel in found.values() if kernel.kind.startswith(INT8)]
-    modelled = f"; each kernel modelled to {max(rounding):.0e}" if rounding else "; no kernel was seen to do so on this machine"
+    rounding = [kernel for kernel in found.values() if kernel.kind.startswith(INT8)]
+    modelled = f"; each kernel modelled to {_most(rounding):.0e}" if rounding else "; no kernel was seen to do so on this machine"
     return f"int8 activations in {len(rounding)} of {len(found)} products, {why}", f"{how}{modelled}"
+
+
+def _most(kernels: Sequence[Kernel]) -> float:
+    """Return the largest error of several kernels; NaN wins."""
+    return float(np.max([kernel.error for kernel in kernels]))
 
 
 def _exact(path: Path, folder: Path) -> Path:
     """Return a copy of a file whose products compute in float32."""
     import onnx
 
-    model, copy = onnx.load(str(path)), folder / "exact.onnx"
+    model = onnx.load(str(path))
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == nbits.OPERATOR and attribute.name == "accuracy_level":
                 attribute.i = nbits.FLOAT32
-    onnx.save(model, str(copy), save_as_external_data=model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF)
-    return copy
+    return save(model, folder / "exact.onnx")
+
+
+def _bare(path: Path, folder: Path) -> Path:
+    """Return a copy of a file in which activations are not rounded: what reads DequantizeLinear of QuantizeLinear reads what went in."""
+    import onnx
+
+    model = onnx.load(str(path))
+    makers = {name: node for node in model.graph.node for name in node.output}
+    inner = {node.output[0]: makers.get(node.input[0]) for node in model.graph.node if node.op_type == qdq.OPERATOR}
+    before = {name: node.input[0] for name, node in inner.items() if node is not None and node.op_type == "QuantizeLinear"}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = before.get(name, name)
+    return save(model, folder / "bare.onnx")

@@ -15,6 +15,8 @@ from stepwell.export.extras import need
 from stepwell.export.onnx_held import Held
 from stepwell.export.trace import reason, sizes
 
+BIASES = "WeightBiasQuantization"  # the optimizer of onnxruntime that rounds biases
+
 
 class Product(NamedTuple):
     """One node that holds the codes of a weight.
@@ -106,12 +108,13 @@ class Session(NamedTuple):
     version: str
 
 
-def load(path: str | Path, *, float32: bool = True, optimized: Path | None = None) -> Session:
+def load(path: str | Path, *, float32: bool = True, biases: bool = True, optimized: Path | None = None) -> Session:
     """Load a file into onnxruntime on the CPU, with default optimizations.
 
     Args:
         path: the file.
         float32: whether the products that onnxruntime makes of DequantizeLinear leave activations in float32; its default rounds them.
+        biases: whether onnxruntime may round biases of products with rounded activations to int32, which is its default.
         optimized: where to write the graph that it really runs.
 
     Raises:
@@ -129,7 +132,9 @@ def load(path: str | Path, *, float32: bool = True, optimized: Path | None = Non
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized.name}.data")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=[] if biases else [BIASES]
+        )
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise ValueError(f"`path`: onnxruntime does not load {path}: {reason(error)}") from error
     inputs = session.get_inputs()

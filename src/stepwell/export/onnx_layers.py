@@ -14,9 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stepwell.activation_grids import LOW, Range
 from stepwell.export import nbits, onnx_file, qdq
 
-PLAIN, INT8 = "float32", "int8 activations"  # how kinds begin
+PLAIN = "float32"
+INT8, STATIC = "int8 activations", "activations that the file rounds to"  # how other kinds begin
+BIAS = " and a bias that onnxruntime rounds to int32"
 THROUGH = ("Transpose", "Reshape", "Identity")  # between DequantizeLinear and what reads the weight
 PRODUCTS = (nbits.OPERATOR, "MatMul", "Gemm", "Conv")
 
@@ -27,20 +30,26 @@ class Kernel(NamedTuple):
     Attributes:
         kind: "float32", or what happens to its activations.
         error: largest difference from that, relative to the largest output.
+        range: on which the file rounds its activations, if it does.
     """
 
     kind: str
     error: float
+    range: Range | None
 
 
 class _Tap(NamedTuple):
-    """One product: the node that holds the weight, the operator, and the values before and after it; grid of its activations if rounded."""
+    """One product: the node that holds the weight, the operator, and the values before and after it.
+
+    The range of its activations as the file rounds them, and whether that happens between the two values.
+    """
 
     holder: str
     operator: Any
     source: str
     result: str
     grid: tuple[NDArray[Any], NDArray[Any]] | None
+    inside: bool
 
 
 def kernels(path: Path, file: onnx_file.OnnxFile, example: tuple[Tensor, ...], *, float32: bool = True) -> dict[str, Kernel]:
@@ -62,22 +71,26 @@ def kernels(path: Path, file: onnx_file.OnnxFile, example: tuple[Tensor, ...], *
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted)
     with TemporaryDirectory() as folder:
         copy, optimized = Path(folder) / "tapped.onnx", Path(folder) / "optimized.onnx"
-        large = model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF
-        onnx.save(model, str(copy), save_as_external_data=large)
-        found = onnx_file.load(copy, float32=float32, optimized=optimized).run(example)
-        ran = onnx.load(str(optimized), load_external_data=False).graph.node
+        found = onnx_file.load(save(model, copy), float32=float32, optimized=optimized).run(example)
+        ran = onnx.load(str(optimized)).graph
     values = dict(zip([value.name for value in model.graph.output], found, strict=True))
     values |= {value.name: part.numpy() for value, part in zip(model.graph.input, example, strict=True)}
-    fused = {node.output[0]: node for node in ran if node.op_type == nbits.OPERATOR}
     weights = {product.node: product.held.decode().astype(np.float64) for product in file.products}
-    biases = {name: onnx.numpy_helper.to_array(tensors[name]) for tap in taps if (name := _bias(tap.operator)) in tensors}
-    return {tap.holder: _nearest(tap, weights[tap.holder], biases, values, fused.get(tap.result)) for tap in taps}
+    operators = {name: node for node in ran.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in ran.initializer}
+    return {tap.holder: _nearest(tap, weights[tap.holder], values, _Ran(tap.result, operators, constants)) for tap in taps}
+
+
+def save(model: Any, path: Path) -> Path:
+    """Save a changed model, in two files where one cannot hold it, and return its path."""
+    import onnx
+
+    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF)
+    return path
 
 
 def _taps(graph: Any, holders: set[str], tensors: Mapping[str, Any]) -> Iterator[_Tap]:
     """Yield the products of the main graph that read a node's weight."""
-    from onnx import numpy_helper
-
     readers: dict[str, list[Any]] = {}
     makers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
@@ -86,13 +99,18 @@ def _taps(graph: Any, holders: set[str], tensors: Mapping[str, Any]) -> Iterator
     for holder in (node for node in graph.node if node.name in holders):
         operators = [holder] if holder.op_type == nbits.OPERATOR else list(_readers(holder, readers))
         for operator in operators[:1] if operators and operators[0].op_type in PRODUCTS else []:
-            source, grid, maker = operator.input[0], None, makers.get(operator.input[0])
+            source = operator.input[0]
+            while source in makers and makers[source].op_type in THROUGH:
+                source = makers[source].input[0]
+            maker = makers.get(source)
             before = makers.get(maker.input[0]) if maker is not None and maker.op_type == qdq.OPERATOR else None
-            if before is not None and before.op_type == "QuantizeLinear" and len(before.input) > 2 and before.input[1] in tensors:
-                source = before.input[0]
-                scale, zero = (numpy_helper.to_array(tensors[name]) for name in before.input[1:3])
-                grid = scale, zero
-            yield _Tap(holder.name, operator, source, operator.output[0], grid)
+            plain, result = operator.input[0], operator.output[0]
+            if before is None or before.op_type != "QuantizeLinear" or len(before.input) < 3 or not set(before.input[1:]) <= set(tensors):
+                yield _Tap(holder.name, operator, plain, result, None, False)
+            else:
+                scale, zero = (_array(tensors[name]) for name in before.input[1:3])
+                inside = source == plain
+                yield _Tap(holder.name, operator, before.input[0] if inside else plain, result, (scale, zero), inside)
 
 
 def _readers(node: Any, readers: Mapping[str, Sequence[Any]]) -> Iterator[Any]:
@@ -104,31 +122,54 @@ def _readers(node: Any, readers: Mapping[str, Sequence[Any]]) -> Iterator[Any]:
             yield reader
 
 
-def _bias(operator: Any) -> str:
-    """Return the name of the constant that an operator adds, or an empty one."""
-    place = {"Gemm": 2, "Conv": 2, nbits.OPERATOR: 5}.get(operator.op_type, len(operator.input))
-    return str(operator.input[place]) if place < len(operator.input) else ""
+class _Ran:
+    """What onnxruntime made of an operator: its kernel's own rounding of activations, and the bias that it really adds."""
+
+    def __init__(self, result: str, operators: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
+        operator = operators.get(result)
+        fields = {} if operator is None else {attribute.name: attribute.i for attribute in operator.attribute}
+        fused = operator is not None and operator.op_type == nbits.OPERATOR and fields.get("accuracy_level") == nbits.INT8
+        self.block = fields["block_size"] if fused else None
+        self.bias: NDArray[np.float64] | None = None
+        self.rounded_bias = False
+        names = [] if operator is None else operator.input[5:6] if operator.op_type == nbits.OPERATOR else operator.input[2:3]
+        for name in names if operator is not None and operator.op_type.removeprefix("Fused") in PRODUCTS else []:
+            maker = operators.get(name)
+            if maker is not None and maker.op_type == qdq.OPERATOR:
+                self.bias, self.rounded_bias = _dequantized(maker, constants), True
+            elif name in constants:
+                self.bias = _array(constants[name]).astype(np.float64)
 
 
-def _nearest(
-    tap: _Tap, weight: NDArray[np.float64], biases: Mapping[str, NDArray[Any]], values: Mapping[str, NDArray[Any]], fused: Any
-) -> Kernel:
+def _dequantized(node: Any, constants: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return a vector that onnxruntime chose to store as integers."""
+    codes, scale, *zero = (_array(constants[name]).astype(np.float64) for name in node.input if name)
+    return np.asarray((codes - (zero[0] if zero else 0.0)) * scale)
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    from onnx import numpy_helper
+
+    return np.asarray(numpy_helper.to_array(tensor))
+
+
+def _nearest(tap: _Tap, weight: NDArray[np.float64], values: Mapping[str, NDArray[Any]], ran: _Ran) -> Kernel:
     """Return the model of a product that is nearest to what came out of it."""
     inputs, result = values[tap.source], values[tap.result].astype(np.float64)
-    rounded, kind = inputs, PLAIN
+    rounded, kind, range = inputs, PLAIN, None
     if tap.grid is not None:
-        rounded, kind = static(inputs, *tap.grid), f"{tap.grid[1].dtype} activations, as the file says"
+        scale, zero = tap.grid
+        rounded, kind = static(inputs, scale, zero) if tap.inside else inputs, f"{STATIC} {zero.dtype}"
+        range = Range(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]) + LOW - np.iinfo(zero.dtype).min) if scale.size == 1 else None
     trials = [(kind, rounded)]
-    level = {attribute.name: attribute.i for attribute in fused.attribute} if fused is not None else {}
-    if level.get("accuracy_level") == nbits.INT8:
-        trials.append((f"{INT8} per block of {level['block_size']}", per_block(rounded, level["block_size"])))
-    bias = biases.get(_bias(tap.operator))
+    if ran.block is not None:
+        trials.append((f"{INT8} per block of {ran.block}", per_block(rounded, ran.block)))
     found = []
     for kind, activations in trials:
-        modelled = _compute(tap.operator, activations.astype(np.float64), weight, bias)
+        modelled = _compute(tap.operator, activations.astype(np.float64), weight, ran.bias)
         largest = np.abs(modelled).max(initial=0.0)
         difference = float(np.abs(modelled - result).max(initial=0.0))
-        found.append(Kernel(kind, float(difference / largest) if largest else difference))
+        found.append(Kernel(kind + (BIAS if ran.rounded_bias else ""), float(difference / largest) if largest else difference, range))
     return min(found, key=lambda kernel: kernel.error)
 
 
@@ -153,9 +194,10 @@ def per_block(inputs: NDArray[np.float32], block: int) -> NDArray[np.float64]:
     """Return activations as MatMulNBits rounds them at accuracy level 4: `block` inputs share a scale, their largest magnitude over 127."""
     width = inputs.shape[-1]
     filled = np.pad(inputs, [(0, 0)] * (inputs.ndim - 1) + [(0, -width % block)]).reshape(*inputs.shape[:-1], -1, block)
-    scale = np.abs(filled).max(axis=-1, keepdims=True) / np.float32(127)
-    factor = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    return (np.rint(filled * factor).astype(np.float64) * scale).reshape(*inputs.shape[:-1], -1)[..., :width]
+    largest = np.abs(filled).max(axis=-1, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)  # the kernel multiplies by the inverse
+    codes = np.rint(filled * factor).astype(np.float64)
+    return (codes * (largest / np.float32(127))).reshape(*inputs.shape[:-1], -1)[..., :width]
 
 
 def static(inputs: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[Any]) -> NDArray[np.float64]:

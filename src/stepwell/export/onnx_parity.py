@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stepwell.activations import ranges
 from stepwell.export import nbits, onnx_file, onnx_held, qdq
 from stepwell.export.certificate import Certificate, Layer
 from stepwell.export.deployed import owners, plain
 from stepwell.export.extras import need
 from stepwell.export.onnx_causes import Subject, explain, worst
 from stepwell.export.onnx_held import Held
-from stepwell.export.onnx_layers import Kernel
+from stepwell.export.onnx_layers import PLAIN, Kernel
 from stepwell.export.onnx_write import data_files
 from stepwell.export.outputs import certify, digest
 from stepwell.quantizers import Encoded
@@ -35,12 +36,19 @@ def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Ma
     example = tuple(plain(part) for part in example)
     subject = Subject(path, file, model, encoded, example, session.axes)
     runs = subject.compare(session)
-    causes, kernels = explain(subject, worst(runs))
+    causes, kernels, noise = explain(subject, worst(runs))
+    if noise is not None:  # rounded activations amplify noise, which is a cause to be named and nothing to be allowed for
+        runs = [run._replace(noise=noise) for run in runs]
     layers = _against_encoded(file, model, encoded, kernels) if encoded else _against_model(file, model, kernels)
     runtime = "onnxruntime CPUExecutionProvider" + (f" with {qdq.OPTION}={nbits.FLOAT32}" if file.dequantized else "")
     certificate = certify(path, layers, runs, runtime=runtime, version=session.version, causes=causes)
-    understood = all(layer.modelled is None or layer.modelled <= CLOSE for layer in layers)
-    return replace(certificate, sha256=_digest(path), passed=certificate.passed and (certificate.exact or understood))
+    # where there is something to explain, every kernel must be what it was taken for
+    figures = [layer.modelled for layer in layers if layer.modelled is not None and (layer.kernel != PLAIN or not certificate.exact)]
+    understood = all(figure <= CLOSE for figure in figures)
+    wrong = _other_ranges(file, model, kernels)
+    layers = [replace(layer, note="; ".join(filter(None, (layer.note, wrong.get(layer.name))))) for layer in layers]
+    passed = certificate.passed and understood and not wrong
+    return replace(certificate, sha256=_digest(path), layers=tuple(layers), passed=passed)
 
 
 def _against_encoded(
@@ -72,6 +80,16 @@ def _with_kernels(layer: Layer, nodes: list[str], kernels: Mapping[str, Kernel])
         return layer
     kinds = " and ".join(sorted({kernel.kind for kernel in found}))
     return replace(layer, kernel=kinds, modelled=float(np.max([kernel.error for kernel in found])))
+
+
+def _other_ranges(file: onnx_file.OnnxFile, model: nn.Module, kernels: Mapping[str, Kernel]) -> dict[str, str]:
+    """Return, by parameter, where the file rounds activations on another range than the model's modules do."""
+    expected, found = ranges(model), {}
+    for product in file.products:
+        kernel, range = kernels.get(product.node), expected.get(product.parameter.rpartition(".")[0])
+        if kernel is not None and kernel.range != range:
+            found[product.parameter] = f"its activations are rounded on {kernel.range}, the model's on {range}"
+    return found
 
 
 def _digest(path: Path) -> str:

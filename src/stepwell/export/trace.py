@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepwell.activations import as_operators
+
+STATIC_OPSET = 21  # of the operators that static activations are written as
+
 
 def check_example(example: tuple[Tensor, ...]) -> None:
     """Refuse what is not a tuple of tensors with at least one row each.
@@ -86,7 +90,7 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
     """Trace a model into torch's ONNX program, not yet optimized: every parameter is still an initializer of its own name and shape.
 
     Args:
-        model: in evaluation mode, on the CPU.
+        model: in evaluation mode, on the CPU. Static activations are traced as QuantizeLinear and DequantizeLinear.
         example: inputs; an open axis of length one is repeated first, because tracing would take a one for a constant.
         axes: open axes of every input, from `open_axes`.
         opset: version of the ONNX operators; None is the exporter's own.
@@ -100,9 +104,10 @@ def to_graph(model: nn.Module, example: tuple[Tensor, ...], *, axes: list[dict[i
     inputs = tuple(_at_least_two(part, list(opened)) for part, opened in zip(example, axes, strict=True))
     compute(model, example)  # tracing would take some inputs that the model does not, such as integers for numbers
     try:
-        with quiet(), torch.no_grad(), _without_cache(model):
+        with quiet(), torch.no_grad(), _without_cache(model), as_operators(model) as static:
             traced = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if _takes_any(model) else shapes, strict=False)
-            program = torch.onnx.export(traced, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+            version = max(opset or 0, STATIC_OPSET) if static else opset
+            program = torch.onnx.export(traced, dynamo=True, optimize=False, verbose=False, opset_version=version)
             assert program is not None
             _name_axes(program, axes)
     except Exception as error:  # the exporter raises whatever its parts raise
