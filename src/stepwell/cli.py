@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 # Each is a function of that name in `stepwell.commands.NAME`.
-COMMANDS = ("demo", "explain", "formats", "inspect", "predict", "quantize", "train")
+COMMANDS = ("demo", "explain", "export", "formats", "inspect", "predict", "quantize", "train", "verify")
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 

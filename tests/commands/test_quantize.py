@@ -164,9 +164,7 @@ def test_training_moves_the_loss_that_rounding_has_lost(run):
 
 @pytest.mark.parametrize("method", ["search", "ste", "lotion", "auto"])
 def test_every_method_ends_in_an_artifact_that_passes(run, method):
-    code, out, _ = run(
-        "quantize", "subject_of_quantize:made", "out", "--target", "onnx:matmulnbits", "--method", method, "--steps", 5, "--json"
-    )
+    code, out, _ = run("quantize", "subject_of_quantize:made", "out", "--target", "safetensors", "--method", method, "--steps", 5, "--json")
     told = json.loads(out)
     assert (code, told["passed"]) == (0, True)
     if method == "auto":
@@ -174,6 +172,20 @@ def test_every_method_ends_in_an_artifact_that_passes(run, method):
         assert told["choice"]["why"][0].startswith("advise: ")
     else:
         assert told["choice"] == {"method": method, "why": ["asked for"]}
+
+
+def test_every_layer_gets_bits_of_its_own(run):
+    arguments = ("quantize", "subject_of_quantize:made", "--target", "safetensors", "--json")
+    told = json.loads(run(*arguments, "a", "--bits-per-weight", 4.5)[1])
+    assert told["passed"]
+    assert told["bits_per_weight"] <= 4.5
+    assert told["choice"]["why"][0].startswith("the lowest loss with 4.5 bits, on the 4 batches")
+    assert {row["grid"].split("/")[0] for row in told["weights"]} <= {f"int{bits}" for bits in range(2, 9)}
+    tight, loose = (json.loads(run(*arguments, name, "--mixed", "--tolerance", limit)[1]) for name, limit in (("b", 0.001), ("c", 1.0)))
+    assert loose["bits_per_weight"] < tight["bits_per_weight"]
+    code, _, error = run(*arguments, "d", "--mixed", "--bits", 4)
+    assert code == 2
+    assert "`bits` is one width for all layers: got 4 with --mixed" in error
 
 
 def test_what_a_block_does_not_divide_or_the_target_does_not_hold_stays_in_float_and_is_listed(run):

@@ -41,6 +41,10 @@ def quantize(
     tolerance: Annotated[float, typer.Option(help="Increase of the loss that is acceptable, in its unit.")] = 0.1,
     steps: Annotated[int, typer.Option(help="Optimizer steps, where the method trains.")] = 200,
     rate: Annotated[float | None, typer.Option(help="Learning rate; 2e-4 for a folder, 1e-3 for a function.", show_default=False)] = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Bits of its own for every layer: the fewest within --tolerance.")] = False,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="Bits of its own for every layer: the best with so many on average.", show_default=False)
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Parameter or module to leave in float; may be repeated.", show_default=False)
     ] = None,
@@ -63,7 +67,7 @@ def quantize(
 
     checkpoint = folder_of(model)
     chosen = "rtn" if method == "auto" and data is None and checkpoint is not None else method
-    order = Order(target, chosen, bits, block, tolerance, steps, rate, tuple(skip or ()), seed, force)
+    order = Order(target, chosen, bits, block, tolerance, steps, rate, tuple(skip or ()), seed, force, mixed, bits_per_weight)
     _ = order.grid
     check_place(out, force=force)
     with (
@@ -99,7 +103,8 @@ def making(
             yield shipped
         return
     progress("loading", 0, 1)
-    limit = batches + (order.steps if order.method in ("auto", *TRAINED) else 0)
+    training = order.method in TRAINED or (order.method == "auto" and not order.mixed and order.budget is None)
+    limit = batches + (order.steps if training else 0)
     with ship(open_source(model, data, limit=limit, window=window), order, out, progress=progress) as shipped:
         yield shipped
 

@@ -4,21 +4,24 @@ import hashlib
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.advice.allocation import stored_bits
+from stepwell.export.deployed import check_encoded
 from stepwell.export.outputs import digest
 from stepwell.export.parity import verify
 from stepwell.quantizers import Encoded, Quantizer
 from stepwell.ship import rounding, targets
 from stepwell.ship.artifact import draft
 from stepwell.ship.choice import CALIBRATING, METHODS, TRAINED, choose
+from stepwell.ship.mixed import mixed
 from stepwell.ship.plan import Plan, plan
 from stepwell.ship.records import Choice, Losses, Shipped, Weight
 from stepwell.ship.rounding import Progress
@@ -27,6 +30,7 @@ from stepwell.ship.spill import Spill
 from stepwell.ship.tokenizer import copy_tokenizer
 from stepwell.ship.training import rate_of, train
 
+GIVEN = Choice("given codes", ("asked for",))
 SCRATCH = ".codes"  # of the draft: encoded weights until they are exported
 
 
@@ -44,6 +48,8 @@ class Order:
         skip: names or patterns to leave in float.
         seed: of every random draw.
         force: whether an artifact that is there may be replaced.
+        mixed: whether every layer gets bits of its own, the fewest within the tolerance.
+        budget: mean bits per quantized weight, scales included, that every layer's own bits have to keep to; None is no budget.
     """
 
     target: str
@@ -56,6 +62,8 @@ class Order:
     skip: tuple[str, ...] = ()
     seed: int = 0
     force: bool = False
+    mixed: bool = False
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -66,6 +74,8 @@ class Order:
             raise ValueError(f"`steps` must be at least 1: got {self.steps}.")
         if self.rate is not None and not self.rate > 0:
             raise ValueError(f"`rate` must be above 0: got {self.rate}.")
+        if self.bits is not None and (self.mixed or self.budget is not None):
+            raise ValueError(f"`bits` is one width for all layers: got {self.bits} with --mixed or --bits-per-weight. Give one of them.")
 
     @property
     def grid(self) -> Quantizer:
@@ -75,17 +85,20 @@ class Order:
     @property
     def learns(self) -> bool:
         """Whether the method cannot do without data."""
-        return self.method in ("auto", "gptq", *TRAINED)
+        return self.method in ("auto", "gptq", *TRAINED) or self.mixed or self.budget is not None
 
 
 @contextmanager
-def quantize(source: Source, order: Order, out: Path, *, progress: Progress) -> Iterator[Shipped]:
+def quantize(
+    source: Source, order: Order, out: Path, *, encoded: Mapping[str, Encoded] | None = None, progress: Progress
+) -> Iterator[Shipped]:
     """Yield what was shipped, complete but not yet in its place: files may be added to `Shipped.out`; after the block it takes its name.
 
     Args:
         source: the model, which is rounded in place, and its data.
         order: what is wanted.
         out: the artifact's folder.
+        encoded: codes and scales of the model's weights that are shipped as they are; None makes them as the order says.
         progress: told what is being done.
 
     Raises:
@@ -95,16 +108,19 @@ def quantize(source: Source, order: Order, out: Path, *, progress: Progress) -> 
     route = targets.route(order.target)
     check_order(source, order, route)
     check_finite(source.model)
-    chosen = plan(source.model, order.grid, skip=order.skip, matrices=route.matrices, target=order.target)
+    grids = order.grid if encoded is None else grids_of(source.model, encoded)
+    base = plan(source.model, grids, skip=order.skip, matrices=route.matrices, target=order.target)
     clock = Clock()
     with draft(out, force=order.force) as folder:
         before = losses(source)
         with clock.part("choice"):
-            choice = _choice(source, chosen, order, progress)
+            chosen, choice = (base, GIVEN) if encoded is not None else _decide(source, base, order, progress)
         originals = _Originals(source, list(chosen.grids))
-        store: Mapping[str, Encoded]
-        with clock.part("rounding" if choice.method not in TRAINED else "training"):
-            store, notes = _encode(source, chosen, choice.method, order, folder / SCRATCH, progress)
+        with clock.part("training" if choice.method in TRAINED else "rounding"):
+            if encoded is not None:
+                store, notes = _put(source.model, encoded), dict[str, str]()
+            else:
+                store, notes = _encode(source, chosen, choice.method, order, folder / SCRATCH, progress)
         after = losses(source)
         with clock.part("export"):
             progress("writing", 0, 1)
@@ -121,7 +137,7 @@ def quantize(source: Source, order: Order, out: Path, *, progress: Progress) -> 
             copy_tokenizer(source.checkpoint.folder, folder)
         served = out.absolute() / route.file
         yield Shipped(
-            model=source.name, target=order.target, grid=str(order.grid), choice=choice, out=str(folder), file=route.file,
+            model=source.name, target=order.target, grid=named(chosen), choice=choice, out=str(folder), file=route.file,
             serve=route.serve.format(path=served), files=digests(folder),
             certificate=replace(checked, path=str(served)), weights=rows, floats=floats, notes=written.notes,
             elements=sum(row.elements for row in rows), total=chosen.total, losses=Losses.of(before, after, source.unit),
@@ -168,13 +184,54 @@ def peak_memory() -> int:
 
 def sha256_of(encoded: Encoded) -> str:
     """Return the sha256 of the float32 values that an encoded weight stands for."""
-    return hashlib.sha256(encoded.decode().float().contiguous().numpy().tobytes()).hexdigest()
+    return sha256_of_values(encoded.decode())
 
 
-def _choice(source: Source, chosen: Plan, order: Order, progress: Progress) -> Choice:
+def sha256_of_values(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's values in float32; a zero without its sign, which no product depends on."""
+    values = tensor.detach().float() + 0.0
+    return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
+
+
+def grids_of(model: nn.Module, encoded: Mapping[str, Encoded]) -> dict[str, Quantizer]:
+    """Return the grid of every encoded weight; refuse weights that are not the model's.
+
+    Raises:
+        ValueError: a name or a shape that the model does not have.
+    """
+    check_encoded(model, encoded)
+    return {name: encoded[name].quantizer for name in encoded}
+
+
+def named(chosen: Plan) -> str:
+    """Return the grids of a plan in words: the one, or how many weights lie on each.
+
+    >>> from stepwell.presets import int2, int4
+    >>> named(Plan({"a": int4(), "b": int4(), "c": int2()}, {}, 3, 3))
+    '2 on int4 block 32, absmax fp32 scales; 1 on int2 block 32, absmax fp32 scales'
+    """
+    counts = Counter(str(replace(grid, axis=None)) for grid in chosen.grids.values())
+    return next(iter(counts)) if len(counts) == 1 else "; ".join(f"{count} on {grid}" for grid, count in counts.most_common())
+
+
+def _decide(source: Source, base: Plan, order: Order, progress: Progress) -> tuple[Plan, Choice]:
+    """Return the grids and the method."""
+    if order.mixed or order.budget is not None:
+        grids = targets.widths(order.target, block=order.block)
+        chosen, why = mixed(source, base, grids, tolerance=order.tolerance, budget=order.budget, skip=order.skip, progress=progress)
+        return chosen, Choice("rtn" if order.method == "auto" else order.method, why)
     if order.method != "auto":
-        return Choice(order.method, ("asked for",))
-    return choose(source, chosen, order.tolerance, rate=order.rate or rate_of(source), progress=progress)
+        return base, Choice(order.method, ("asked for",))
+    return base, choose(source, base, order.tolerance, rate=order.rate or rate_of(source), progress=progress)
+
+
+def _put(model: nn.Module, encoded: Mapping[str, Encoded]) -> Mapping[str, Encoded]:
+    """Put encoded weights into the model, and return them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in encoded:
+            parameters[name].copy_(encoded[name].decode())
+    return encoded
 
 
 def _encode(

@@ -22,7 +22,7 @@ from stepwell.ship import targets
 from stepwell.ship.artifact import draft
 from stepwell.ship.checkpoint import FLOATS, Checkpoint
 from stepwell.ship.plan import Plan, plan
-from stepwell.ship.quantize import SCRATCH, Clock, Order, digests, peak_memory, sha256_of
+from stepwell.ship.quantize import SCRATCH, Clock, Order, digests, named, peak_memory, sha256_of
 from stepwell.ship.readback import readback, weights_only
 from stepwell.ship.records import Choice, Shipped, Weight
 from stepwell.ship.rounding import Progress
@@ -89,7 +89,7 @@ def stream(checkpoint: Checkpoint, order: Order, out: Path, *, progress: Progres
             copy_tokenizer(checkpoint.folder, folder)
         served = out.absolute() / route.file
         yield Shipped(
-            model=source.name, target=order.target, grid=str(order.grid), choice=Choice(order.method, ("asked for",)), out=str(folder),
+            model=source.name, target=order.target, grid=named(chosen), choice=Choice(order.method, ("asked for",)), out=str(folder),
             file=route.file, serve=route.serve.format(path=served), files=digests(folder), certificate=replace(checked, path=str(served)),
             weights=tuple(row for row in rows if row.name not in written.floats), floats=chosen.floats | written.floats,
             notes=(*notes, *written.notes), elements=sum(row.elements for row in rows if row.name not in written.floats),
@@ -129,4 +129,5 @@ def _rounded(weights: Mapping[str, Tensor], chosen: Plan, method: str, store: Sp
 
 def is_streamed(order: Order, checkpoint: Checkpoint | None, data: Path | None) -> bool:
     """Say whether an order is carried out without the model in memory: a folder, no data, one weight at a time, a file of tensors."""
-    return checkpoint is not None and data is None and order.method in METHODS and targets.route(order.target).streams
+    alone = order.method in METHODS and not order.learns
+    return checkpoint is not None and data is None and alone and targets.route(order.target).streams

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepwell.formats import TERNARY
 from stepwell.quantizers import Encoded, Quantizer
 from stepwell.runtimes import target as grid_of
 from stepwell.runtimes import targets
@@ -180,6 +181,21 @@ def grid(target: str, *, bits: int | None, block: int | None) -> Quantizer:
     """
     route(target)
     return grid_of(target, bits=bits, block=block)
+
+
+def widths(target: str, *, block: int | None) -> list[Quantizer]:
+    """Return the integer grids of a target's family, from which every layer can take its own.
+
+    Raises:
+        ValueError: there is but one.
+    """
+    family = route(target).family
+    rows = [row for row in targets() if row.name.partition(":")[0] == family or row.name == family]
+    integers = [row for row in rows if row.quantizer.format.levels in ("full", "symmetric") and row.quantizer.format != TERNARY]
+    grids = [grid_of(row.name, bits=bits, block=block) for row in integers for bits in row.bits]
+    if len(grids) < 2:
+        raise ValueError(f"`target`: {target} holds {len(grids)} integer grid, and mixed bits need two. Try safetensors or onnx:qdq.")
+    return sorted(grids, key=lambda grid: grid.format.bits)
 
 
 def _narrow(source: Source, name: str, tensor: Tensor) -> Tensor:
