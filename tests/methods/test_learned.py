@@ -16,8 +16,8 @@ from stepwell.scales import store
 
 
 def scales_of(optimizer, index=0):
-    """Return the scales that a run learns, as its state dictionary holds them."""
-    return optimizer.state_dict()["state"][index]["method_tensor_scale"].clone()
+    """Return the scales that a run learns, `(blocks, 1)`, as its state dictionary holds them."""
+    return optimizer.state_dict()["state"][index]["method_tensor_scale"].clone().reshape(-1, 1)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_searched_scales_of_another_block_are_refused():
     _, saved, _ = stepped(method[16])
     model, optimizer, _ = stepped(method[8], seed=3)
     state = copy.deepcopy(saved.state_dict())
-    untouched_by(lambda: optimizer.load_state_dict(state), model, optimizer, r"'method_fit_scale' of '0.weight' has shape \(96, 1\)")
+    untouched_by(lambda: optimizer.load_state_dict(state), model, optimizer, r"'method_fit_scale' of '0.weight' has shape \(48, 2, 1\)")
 
 
 def test_state_of_other_groups_raises_torchs_own_error():

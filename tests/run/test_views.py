@@ -178,9 +178,9 @@ def test_step_and_load_inside_a_view_are_refused():
 
 def test_learned_scales_train_and_are_what_is_finalized():
     model, optimizer, run = stepped("learned scale", steps=1)
-    first = optimizer.state_dict()["state"][0]["method_tensor_scale"].clone()
+    first = optimizer.state_dict()["state"][0]["method_tensor_scale"].clone().reshape(-1, 1)
     losses = train(model, optimizer, batches(1) * 60)
-    last = optimizer.state_dict()["state"][0]["method_tensor_scale"].clone()
+    last = optimizer.state_dict()["state"][0]["method_tensor_scale"].clone().reshape(-1, 1)
     encoded = run.finalize()["0.weight"]
     assert losses[-1] < 0.5 * losses[0]
     assert (last != first).all()

@@ -22,7 +22,7 @@ UNEVEN = SMALL._replace(vocabulary=301)
 LAST = "step-000000008"
 
 
-def recipe(name="int4_1m_both", **changes):
+def recipe(name="int4_1m", **changes):
     """The tests' recipe: 6 rows a step, so 3 for each rank, in micro-batches of 2 and 1."""
     return tiny(name, architecture=UNEVEN, micro=2, save_every=4, **changes)
 

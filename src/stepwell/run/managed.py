@@ -199,19 +199,22 @@ def place(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def rows_like(one: Managed, part: Tensor) -> Tensor:
-    """Return a tensor with one row per local block as `(rows, blocks per row, ..)`, placed like a sharded parameter; else as it is.
+    """Return a tensor with one row per local block as `(rows, blocks per row, ..)`, placed like a sharded parameter.
 
-    Whole rows of the parameter lie on one rank, blocks need not split evenly: 3 rows of 5 blocks on two ranks are 10 and 5 blocks.
+    Whole rows of the parameter lie on one rank, blocks need not split evenly: 3 rows of 5 blocks on two ranks are 10 and 5 blocks. The shape
+    is that of the whole at any world size, so that what is saved at one loads at another.
     """
-    if not groups_of(one.parameter):
-        return part
-    from torch.distributed.tensor import DTensor, Shard
-
     whole: Any = one.parameter
     blocks, dimension = scale_shape(tuple(whole.shape), one.quantizer.block, one.quantizer.axis), _rows_dimension(whole, one.quantizer)
     length = whole.shape[dimension]
+    if blocks[0] * blocks[1] % length:  # one scale for the tensor
+        return part
     shape = (length, blocks[0] * blocks[1] // length, *part.shape[1:])
     rows = part.reshape(one.weight.shape[dimension], *shape[1:])
+    if not groups_of(one.parameter):
+        return rows
+    from torch.distributed.tensor import DTensor, Shard
+
     stride = torch.empty(shape, device="meta").stride()
     placements = [Shard(0) if placement.is_shard() else placement for placement in whole.placements]
     return DTensor.from_local(rows, whole.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
