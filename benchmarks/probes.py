@@ -50,8 +50,9 @@ GRIDS = [sw.intn(bits, **options) for options in SCHEMES.values() for bits in (8
 GRID = sw.intn(3, block="channel", scale="mse")
 SKIP = ["head"]
 TIER_0 = ("rho_fn", "rho_fn, 12 grids", "advise, 12 grids")
-GRADIENTS = ("quadratic", "inward", "Log, one look", "neighbours", "box_qat", "control")  # how the names of those that take some begin
+GRADIENTS = ("quadratic", "exact_quadratic", "inward", "Log, one look", "neighbours", "box_qat", "control")  # how the names of those that take some begin
 REASONS = {
+    "exact_quadratic": "displacement and gradient, two copies; a graph of the gradient",
     "neighbours, 5 of 40 rounds": "how far codes moved, a byte per weight, then the codes found; a twentieth of all as steps to take",
     "box_qat, 10 of 240 steps": "training: latent weights, their gradient and Adam's two moments, four copies; codes found",
     "control, 10 of 240 steps": "training: latent weights, their gradient and Adam's two moments, four copies",
@@ -114,6 +115,7 @@ def prepare(on: Bench) -> dict[str, Callable[[], Work]]:
         "rho_uniform": lambda: sw.probes.rho_uniform(model, loss, **toward),
         "rho_cross": lambda: sw.probes.rho_cross(model, loss, **toward, coarse=given),
         "quadratic": lambda: sw.probes.quadratic(model, loss, **toward),
+        "exact_quadratic": lambda: sw.probes.exact_quadratic(model, loss, **toward),
         "inward": lambda: sw.probes.inward(model, loss, at=given),
         "latent": lambda: sw.probes.latent(model, loss, at=given, start=model.state_dict()),
         "rho_layers, 4 of 32 tensors": lambda: sw.probes.rho_layers(model, loss, toward=some),

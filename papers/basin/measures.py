@@ -96,7 +96,7 @@ def ratios(grid: Grid, widths: Sequence[Width], coarse: Width, points: Mapping[s
     """
     loss, toward = grid.subject.on("validation"), grid.centre
     uniform = sw.probes.rho_uniform(grid.model, loss, toward=toward, tolerance=TOLERANCE, draws=draws)
-    second = sw.probes.quadratic(grid.model, loss, toward=toward)
+    second = sw.probes.exact_quadratic(grid.model, loss, toward=toward)
     given = [sw.probes.rho_fn(grid.model, loss, toward=toward, tolerance=TOLERANCE, width=width).value for width in widths]
     return {
         "rho_self": sw.probes.rho_self(grid.model, loss, toward=toward, tolerance=TOLERANCE).value,

@@ -46,7 +46,7 @@ def train(
     subject: Subject,
     model: nn.Module,
     names: Sequence[str],
-    method: Method | None,
+    method: Method | Mapping[str, Method] | None,
     data: Sequence[Any],
     *,
     rate: float,
@@ -58,7 +58,7 @@ def train(
         subject: whose loss is trained on.
         model: where training begins.
         names: the weights that move.
-        method: None trains in float.
+        method: one for all, or by name; None trains in float.
         data: a batch per step.
         rate: Adam's, before the cosine.
         looks: steps done -> what to call then.
@@ -67,7 +67,11 @@ def train(
     weights = [model.get_parameter(name).requires_grad_(True) for name in names]
     optimizer = torch.optim.Adam(weights, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / len(data))) / 2)
-    run = None if method is None else sw.attach(model, method, optimizer, skip=subject.skip, compile=False)
+    run = (
+        None
+        if method is None
+        else sw.attach(model, method, optimizer, skip=() if isinstance(method, Mapping) else subject.skip, compile=False)
+    )
     for step in range(len(data) + 1):
         if looks and step in looks:
             looks[step](step, model, run)

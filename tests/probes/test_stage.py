@@ -32,6 +32,7 @@ PROBES = {
     "rho_layers": lambda model, loss: sw.probes.rho_layers(model, loss, toward=Q),
     "inward": lambda model, loss: sw.probes.inward(model, loss, at=Q),
     "quadratic": lambda model, loss: sw.probes.quadratic(model, loss, toward=Q),
+    "exact_quadratic": lambda model, loss: sw.probes.exact_quadratic(model, loss, toward=Q),
     "plane": lambda model, loss: sw.probes.plane(model, loss, toward=Q, across=shrunk(model), size=2),
     "latent": lambda model, loss: sw.probes.latent(model, loss, at=Q, start=shrunk(model)),
     "box_qat": lambda model, loss: sw.probes.box_qat(model, loss, around=Q, steps=3, held_out=loss),
@@ -91,7 +92,7 @@ def test_model_is_left_as_found_when_the_loss_breaks_down(probe, last):
 def test_cost_is_what_was_spent(probe):
     batch = Batch()
     cost = probe(Everything(), batch).cost
-    assert cost == (batch.calls, batch.backwards)
+    assert cost == (batch.calls, batch.backwards + (probe is PROBES["exact_quadratic"]))  # the gradient's derivative is no pass of the loss
 
 
 # Copies of the weights that a probe makes beside the model's own, gradients included; codes are a quarter of one. `rho_layers` is `width`
@@ -145,7 +146,7 @@ def test_bad_loss_is_refused_and_nothing_changes(probe, text, kind, loss):
     assert_same(before, fingerprint(model))
 
 
-@pytest.mark.parametrize("name", ["inward", "neighbours", "quadratic", "box_qat", "control"])
+@pytest.mark.parametrize("name", ["inward", "neighbours", "quadratic", "exact_quadratic", "box_qat", "control"])
 def test_loss_without_a_graph_is_refused(name):
     batch = Batch()
     with pytest.raises(ValueError, match="differentiable"):

@@ -2,8 +2,9 @@
 
 What every layer alone loses on every grid is measured, an integer program picks a grid per layer, and the joint loss of the pick is
 measured, because the losses of layers do not add up. Where it is too high the program is asked for less (the aim shrinks by 0.85) until
-it is not; then single layers are lowered while it stays within the tolerance. What this saves is measured in `papers/basin/bits.py`. Where
-the model is trained on its grid afterwards, it saves nothing: uniform bits are as good then.
+it is not; then single layers are lowered while it stays within the tolerance. Picks are chosen by the data that they are measured on, so
+the loss that counts is the upper end of its 90 % interval, as in `advise`: otherwise other data would often find it too high. What this
+saves is measured in `papers/basin/bits.py`. Where the model is trained on its grid afterwards it saves nothing: uniform bits are as good.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from stepwell.advice.allocation import Array, fewest_bits, least_increase, stored_bits, total
-from stepwell.advice.measure import BatchLoss, Losses, listed
+from stepwell.advice.forecast import Estimate
+from stepwell.advice.measure import BatchLoss, Losses, increase, listed
 from stepwell.presets import intn
 from stepwell.probes.stage import Cost, Stage, check_tolerance, staged
 from stepwell.ptq.chosen import Chosen, chosen
@@ -38,7 +40,8 @@ class BitsPerLayer:
         bits: stored bits per weight over these layers, scales included.
         predicted: increase of the loss if the increases of single layers added up.
         measured: increase of the loss with all layers rounded.
-        within: whether `measured` is within the tolerance, which it is unless the finest grid misses it; always true of a budget.
+        high: the upper end of its 90 % interval over batches; twice `measured` with a single batch, which gives none.
+        within: whether `high` is within the tolerance, which it is unless the finest grid misses it; always true of a budget.
         uniform: the single grid that does the same with the fewest bits (of a budget: with the lowest loss); None where there is none.
         uniform_bits, uniform_measured: its bits per weight and its increase; NaN without one.
         alone: name -> increase of the loss with this layer alone on each grid, in the order of the grids given.
@@ -51,6 +54,7 @@ class BitsPerLayer:
     bits: float
     predicted: float
     measured: float
+    high: float
     within: bool
     uniform: Quantizer | None
     uniform_bits: float
@@ -65,7 +69,9 @@ class BitsPerLayer:
         lines = [f"{name:<{width}}  {grid}" for name, grid in self.quantizers.items()]
         beside = f"; {self.uniform} everywhere: {self.uniform_bits:.3g} bits, {self.uniform_measured:+.3g}" if self.uniform else ""
         word = "" if self.within else ", more than was asked for"
-        return "\n".join([*lines, f"{self.bits:.3g} bits per weight, loss {self.measured:+.3g}{word}{beside}.", AFTER_TRAINING])
+        return "\n".join(
+            [*lines, f"{self.bits:.3g} bits per weight, loss {self.measured:+.3g} (at most {self.high:.3g}){word}{beside}.", AFTER_TRAINING]
+        )
 
 
 def bits_per_layer(
@@ -81,15 +87,15 @@ def bits_per_layer(
 ) -> BitsPerLayer:
     """Choose a grid for every layer: the fewest bits within a tolerance, or the lowest loss within a budget of bits.
 
-    The result is never worse than the best single grid for all layers, which is measured too. It holds for the batches it was found on;
-    held-out data give a somewhat different loss, as much as their number allows. Mixed bits pay where rounding is all that is done: after
-    quantization-aware training uniform bits are as good.
+    The result is never worse than the best single grid for all layers, which is measured too. What counts as within the tolerance is the
+    upper end of the 90 % interval of the mean over batches, so that other data agree: the more batches, the less it costs. Mixed bits pay
+    where rounding is all that is done: after quantization-aware training uniform bits are as good.
 
     Args:
         model: any module, in float; left exactly as found. One copy of its weights is held.
         loss: `loss(model, batch)` returns the mean loss of one batch as a tensor with one element, the same for the same weights.
-        batches: data that the model was not trained on, in batches of equal size. BatchNorm statistics are re-estimated on it for rounded
-            weights; do so in deployment.
+        batches: data that the model was not trained on, in batches of equal size, ten or more. BatchNorm statistics are re-estimated on
+            them for rounded weights; do so in deployment.
         grids: what to choose from, two or more; the default is 2, 3, 4, 5, 6 and 8 bits per channel.
         tolerance: growth of the loss that is acceptable, above 0.
         bits_per_weight: stored bits per weight that are available over all chosen layers, scales included. Give this or `tolerance`.
@@ -122,7 +128,7 @@ def bits_per_layer(
             f"scales: got {bits_per_weight:g}. Give smaller grids or larger blocks."
         )
     with staged(model, losses, [row.name for row in rows[0]]) as stage:
-        search = _Search(stage, rows, table, say)
+        search = _Search(stage, losses, rows, table, say)
         if tolerance is not None:
             picks, uniform = search.within(tolerance)
         else:
@@ -134,16 +140,16 @@ def bits_per_layer(
 class _Search:
     """Joint losses of picked grids, measured once each, and the increases of single layers."""
 
-    def __init__(self, stage: Stage, rows: Sequence[Sequence[Chosen]], bits: Array, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, losses: Losses, rows: Sequence[Sequence[Chosen]], bits: Array, say: Callable[[str], None]) -> None:
         """Measure every layer alone on every grid; `rows[k]` are all layers on grid k."""
-        self._stage, self._rows, self._say, self.bits = stage, rows, say, bits
+        self._stage, self._losses, self._base, self._rows, self._say, self.bits = stage, losses, list(losses.last), rows, say, bits
         self._names = [row.name for row in rows[0]]
         self._scales: dict[tuple[str, int], Tensor] = {}
-        self._seen: dict[Picks, float] = {}
-        self.alone = np.array([[self._measured({name: k}) for k in range(len(rows))] for name in self._names])
+        self._seen: dict[Picks, Estimate] = {}
+        self.alone = np.array([[self._measured({name: k}).increase for k in range(len(rows))] for name in self._names])
         self._sums = np.maximum(self.alone, 0)  # a layer whose rounding happens to help earns no credit
 
-    def joint(self, picks: Picks) -> float:
+    def joint(self, picks: Picks) -> Estimate:
         """Return the increase of the loss with every layer on its grid."""
         if picks not in self._seen:
             self._seen[picks] = self._measured(dict(zip(self._names, picks, strict=True)))
@@ -152,7 +158,7 @@ class _Search:
     def within(self, tolerance: float) -> tuple[Picks, Picks | None]:
         """Return the grids with the fewest bits found within a tolerance, and the uniform ones; the finest where there are none."""
         every = self._uniform()
-        uniform = next((picks for picks in every if self.joint(picks) <= tolerance), None)
+        uniform = next((picks for picks in every if self.joint(picks).high <= tolerance), None)
         if uniform is None:
             return every[-1], None
         aim, best = tolerance, uniform
@@ -160,7 +166,7 @@ class _Search:
             picks = fewest_bits(self._sums, self.bits, aim)
             if picks is None or total(self.bits, picks) >= total(self.bits, uniform):
                 break
-            if self.joint(picks) <= tolerance:
+            if self.joint(picks).high <= tolerance:
                 best = picks
                 break
             aim *= SHRINK
@@ -169,9 +175,9 @@ class _Search:
     def budget(self, budget: float) -> tuple[Picks, Picks | None]:
         """Return the grids with the lowest joint loss within a number of bits, of the program's pick and the uniform ones."""
         affordable = [picks for picks in self._uniform() if total(self.bits, picks) <= budget]
-        uniform = min(affordable, key=self.joint, default=None)
+        uniform = min(affordable, key=lambda picks: self.joint(picks).increase, default=None)
         picks = least_increase(self._sums, self.bits, budget)
-        if picks is None or (uniform is not None and self.joint(uniform) <= self.joint(picks)):
+        if picks is None or (uniform is not None and self.joint(uniform).increase <= self.joint(picks).increase):
             assert uniform is not None  # the caller has checked that something fits
             return uniform, uniform
         return picks, uniform
@@ -183,11 +189,12 @@ class _Search:
             quantizers={name: self._rows[k][layer].quantizer for layer, (name, k) in enumerate(zip(self._names, picks, strict=True))},
             bits=total(self.bits, picks) / weights,
             predicted=total(self.alone, picks),
-            measured=measured,
-            within=tolerance is None or measured <= tolerance,
+            measured=measured.increase,
+            high=measured.high,
+            within=tolerance is None or measured.high <= tolerance,
             uniform=None if uniform is None else self._rows[uniform[0]][0].quantizer,
             uniform_bits=np.nan if uniform is None else total(self.bits, uniform) / weights,
-            uniform_measured=np.nan if uniform is None else self.joint(uniform),
+            uniform_measured=np.nan if uniform is None else self.joint(uniform).increase,
             alone=dict(zip(self._names, map(tuple, self.alone.tolist()), strict=True)),
             start=self._stage.start,
             evaluations=len(self._seen),
@@ -208,7 +215,7 @@ class _Search:
                 return picks
             layer = max(steps, key=lambda layer: steps[layer][1])
             lower = (*picks[:layer], steps[layer][0], *picks[layer + 1 :])
-            if self.joint(lower) <= tolerance:
+            if self.joint(lower).high <= tolerance:
                 picks = lower
             else:
                 stuck.add(layer)
@@ -222,7 +229,7 @@ class _Search:
         k = max(smaller, key=lambda k: bits[k])
         return k, float((bits[here] - bits[k]) / max(sums[k] - sums[here], 1e-12))
 
-    def _measured(self, picks: dict[str, int]) -> float:
+    def _measured(self, picks: dict[str, int]) -> Estimate:
         """Return the increase of the loss with some layers rounded."""
         layers = {name: layer for layer, name in enumerate(self._names)}
 
@@ -236,13 +243,13 @@ class _Search:
             return grid(base, scale=self._scales[name, k])
 
         self._stage.put(rounded)
-        found = self._stage.settled() - self._stage.start
+        found = increase(self._stage, self._losses, self._base, "RTN", settle=self._losses)
         what = (
             " and ".join(f"{name} on {self._rows[k][layers[name]].quantizer}" for name, k in picks.items())
             if len(picks) == 1
             else "joint loss"
         )
-        self._say(f"{what}: {found:+.3g}")
+        self._say(f"{what}: {found.increase:+.3g}")
         return found
 
 

@@ -10,7 +10,7 @@ from stepwell.probes.neighbours import neighbours
 from stepwell.probes.over import over
 from stepwell.probes.plane import plane
 from stepwell.probes.points import rounded
-from stepwell.probes.quadratic import quadratic
+from stepwell.probes.quadratic import exact_quadratic, quadratic
 from stepwell.probes.rho import rho_cross, rho_fn, rho_layers, rho_self, rho_uniform
 from stepwell.probes.segment import segment
 from stepwell.probes.width import width
@@ -21,6 +21,7 @@ __all__ = [
     "box_qat",
     "contrast",
     "control",
+    "exact_quadratic",
     "inward",
     "latent",
     "neighbours",

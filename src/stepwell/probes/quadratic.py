@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepwell.probes.points import Move, Weights, dot, length, place, weight, working
 from stepwell.probes.points import toward as displacement
 from stepwell.probes.stage import Cost, Loss, Stage, staged
 from stepwell.quantizers import Quantizer
 
-STEP = 1e-3  # of the weights' length, to both sides: float32 resolves the difference, and fourth derivatives do not enter yet
+STEP = 1e-2  # of the weights' length, to both sides
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Quadratic:
 def quadratic(model: nn.Module, loss: Loss, *, toward: Weights | Quantizer) -> Quadratic:
     """Return the second-order prediction for moving the weights to a point, and what the loss really does.
 
-    The curvature is a central difference of the slope s(t) over a thousandth of the weights' length, so that no second derivative has to
-    exist: fused attention works, and kinks (ReLU) within that step count as what they are on average. Holds no more than the copy of the
-    weights: gradients are reduced tensor by tensor.
+    The curvature is a central difference of the slope s(t) over a hundredth of the weights' length to both sides, so that no second
+    derivative has to exist: fused attention works. Kinks (ReLU, max pooling) within that step count as the curvature they are on average;
+    with a tenth of the step too few of them lie in it, and on small networks the sign may be chance. `exact_quadratic` leaves them out.
+    Holds no more than the copy of the weights: gradients are reduced tensor by tensor.
 
     Args:
         model: any module; left exactly as found.
@@ -73,6 +75,37 @@ def quadratic(model: nn.Module, loss: Loss, *, toward: Weights | Quantizer) -> Q
     target = place(model, toward, "toward")
     with staged(model, loss, target) as stage:
         slope, curvature = _derivatives(stage, displacement(target))
+        stage.put(lambda name, base: weight(target[name], base))
+        actual = stage.loss() - stage.start
+        return Quadratic(slope, curvature, slope + curvature / 2, actual, stage.start, stage.cost)
+
+
+def exact_quadratic(model: nn.Module, loss: Loss, *, toward: Weights | Quantizer) -> Quadratic:
+    """Return what `quadratic` returns, with the derivative of the gradient in place of a difference.
+
+    At kinks it is the curvature of the piece that the weights are on, which no finite step gives. The price is memory: the displacement and
+    the gradient, two copies of the weights besides the one that restores them, and a graph of the gradient, two to three times the graph of
+    the loss. Attention runs on its plain kernel, whose operations can be differentiated twice.
+
+    Args:
+        model, loss, toward: as `quadratic`; every operation must have a second derivative.
+
+    Returns:
+        The derivatives and the growth; four forward and two backward passes: a product with the Hessian counts as one beside the gradient.
+
+    Raises:
+        TypeError, ValueError: as `quadratic`.
+        RuntimeError: an operation without a second derivative.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> layer.weight.data = torch.tensor([[1.0]])
+    >>> exact_quadratic(layer, lambda m: m.weight.pow(3).sum(), toward={"weight": torch.tensor([[2.0]])}).curvature
+    6.0
+    """
+    target = place(model, toward, "toward")
+    with staged(model, loss, target) as stage:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            slope, curvature = stage.product(displacement(target))
         stage.put(lambda name, base: weight(target[name], base))
         actual = stage.loss() - stage.start
         return Quadratic(slope, curvature, slope + curvature / 2, actual, stage.start, stage.cost)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stepwell.probes.points import Move, working
+from stepwell.probes.points import Move, dot, working
 
 Loss = Callable[[nn.Module], Tensor]
 AGREE = 1e-5  # relative: two evaluations on a GPU differ by the order of their sums, dropout by far more
@@ -108,6 +108,23 @@ class Stage:
         for name in missing:  # the loss does not depend on these
             take(name, torch.zeros_like(working(self._parameters[name])))
         return _number(value)
+
+    def product(self, move: Move) -> tuple[float, float]:
+        """Return the gradient's and the Hessian's products with a displacement v, g.v and v.Hv, where the weights are now."""
+        with self._graph() as value:
+            weights = list(self._parameters.values())
+            parts = torch.autograd.grad(value, weights, allow_unused=True, create_graph=True)
+            ways = [move(name, working(self._copies[name])) for name in self._parameters]
+            along = sum(
+                ((part * way.to(part)).sum() for part, way in zip(parts, ways, strict=True) if part is not None), value.new_zeros(())
+            )
+            self._backward += 1
+            if not along.requires_grad:  # a loss that is linear in the weights
+                return float(along), 0.0
+            seconds = torch.autograd.grad(along, weights, allow_unused=True)
+            self._backward += 1
+        curvature = sum(dot(second, way.to(second)) for second, way in zip(seconds, ways, strict=True) if second is not None)
+        return float(along.detach()), float(curvature)
 
     @contextmanager
     def _graph(self, loss: Loss | None = None) -> Iterator[Tensor]:
