@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stepwell.formats import Format
 
+WHOLE = (1, 2, 4, 8)  # widths of which a whole number fills a byte: no wider integers are needed
 CHUNK = 1 << 20  # codes handled at a time: the working set is 64 bits per code
 
 
@@ -32,7 +33,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     parts = []
     for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK].to(torch.int64) & (2**bits - 1)
+        part = flat[start : start + CHUNK]
+        if bits in WHOLE:
+            parts.append(_whole(part, bits))
+            continue
+        part = part.to(torch.int64) & (2**bits - 1)
         part = torch.nn.functional.pad(part, (0, -part.numel() % 8)).reshape(-1, 8)
         word = (part << torch.arange(0, 8 * bits, bits)).sum(1)
         parts.append((word[:, None] >> torch.arange(0, 8 * bits, 8)) & 255)
@@ -53,10 +58,24 @@ def unpack(packed: Tensor, format: Format, count: int) -> Tensor:
         )
     parts = []
     for start in range(0, packed.numel(), CHUNK // 8 * bits):
+        if bits in WHOLE:
+            places = torch.arange(0, 8, bits, dtype=torch.uint8)
+            parts.append(((packed[start : start + CHUNK // 8 * bits, None] >> places) & (2**bits - 1)).reshape(-1))
+            continue
         group = packed[start : start + CHUNK // 8 * bits].to(torch.int64).reshape(-1, bits)
         word = (group << torch.arange(0, 8 * bits, 8)).sum(1)
         parts.append(((word[:, None] >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)).reshape(-1))
     codes = torch.cat(parts)[:count] if parts else torch.zeros(0, dtype=torch.int64)
     if min(format.codes) < 0:
-        codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
+        half = 2 ** (bits - 1)
+        codes = (codes ^ half).to(torch.int16).sub_(half)  # the highest bit is the sign
     return codes.to(torch.uint8 if max(format.codes) > 127 else torch.int8)
+
+
+def _whole(codes: Tensor, bits: int) -> Tensor:
+    """Return codes of which a whole number fills a byte as bytes; groups of eight are filled with zeros."""
+    filled = torch.nn.functional.pad(codes.to(torch.uint8) & (2**bits - 1), (0, -codes.numel() % 8)).reshape(-1, 8 // bits)
+    packed = filled[:, 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= filled[:, place] << (bits * place)
+    return packed
