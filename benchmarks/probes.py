@@ -50,7 +50,8 @@ GRIDS = [sw.intn(bits, **options) for options in SCHEMES.values() for bits in (8
 GRID = sw.intn(3, block="channel", scale="mse")
 SKIP = ["head"]
 TIER_0 = ("rho_fn", "rho_fn, 12 grids", "advise, 12 grids")
-GRADIENTS = ("quadratic", "exact_quadratic", "inward", "Log, one look", "neighbours", "box_qat", "control")  # begin the names of those that take some
+# how the names of those begin that take some
+GRADIENTS = ("quadratic", "exact_quadratic", "inward", "Log, one look", "neighbours", "box_qat", "control")
 REASONS = {
     "exact_quadratic": "displacement and gradient, two copies; a graph of the gradient",
     "neighbours, 5 of 40 rounds": "how far codes moved, a byte per weight, then the codes found; a twentieth of all as steps to take",
