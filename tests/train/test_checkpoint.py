@@ -28,6 +28,12 @@ def after(tokens, steps, name="int4_1m_both", **changes):
     return session
 
 
+@pytest.fixture(scope="module")
+def stepped(tokens):
+    """A session after its first step, which the tests save and leave as it is."""
+    return after(tokens, 1)
+
+
 def saved(root, session, step):
     return save(root, session.model, session.optimizer, step=step, facts={"rows_read": 6 * step}, ranks=session.ranks)
 
@@ -37,7 +43,7 @@ def same(one, other):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", ["fp_1m", "int4_1m_ste", "int4_1m_lotion", "int4_1m_prox", "int4_1m", "int2_1m", "fp4_1m_both"])
+@pytest.mark.parametrize("name", ["fp_1m", "int4_1m_lotion", "int4_1m_prox", "int2_1m", "fp4_1m_both"])
 def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tokens, tmp_path, name):
     session = after(tokens, 3, name)
     folder = saved(tmp_path, session, 3)
@@ -74,8 +80,8 @@ def test_nothing_is_pickled_or_unpickled(tokens, tmp_path, monkeypatch):
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 
-def test_the_last_two_are_kept_and_later_ones_of_a_course_given_up_are_not(tokens, tmp_path):
-    session = after(tokens, 1)
+def test_the_last_two_are_kept_and_later_ones_of_a_course_given_up_are_not(stepped, tmp_path):
+    session = stepped
     for step in (1, 2, 3, 9):
         saved(tmp_path, session, step)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000003", "step-000000009"]
@@ -102,8 +108,8 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tokens, tmp_path, damage):
-    session = after(tokens, 1)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(stepped, tmp_path, damage):
+    session = stepped
     older, newer = saved(tmp_path, session, 1), saved(tmp_path, session, 2)
     spoil, said = DAMAGES[damage]
     spoil(newer)
@@ -116,15 +122,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tokens, tmp_
         load(newer, session.model, session.optimizer, ranks=session.ranks)
 
 
-def test_where_none_is_whole_that_is_an_error_and_where_there_is_none_it_is_not(tokens, tmp_path):
+def test_where_none_is_whole_that_is_an_error_and_where_there_is_none_it_is_not(stepped, tmp_path):
     assert latest(tmp_path / "nothing") == (None, [])
-    flip(saved(tmp_path, after(tokens, 1), 1) / TENSORS)
+    flip(saved(tmp_path, stepped, 1) / TENSORS)
     with pytest.raises(DamagedError, match=r"no checkpoint in .* is whole: .*SHA-256 differs.* another folder"):
         latest(tmp_path)
 
 
-def test_a_folder_left_half_written_is_no_checkpoint_and_is_swept_away(tokens, tmp_path):
-    session = after(tokens, 1)
+def test_a_folder_left_half_written_is_no_checkpoint_and_is_swept_away(stepped, tmp_path):
+    session = stepped
     folder = saved(tmp_path, session, 1)
     half = tmp_path / ".step-000000002.part"
     half.mkdir()
@@ -134,8 +140,8 @@ def test_a_folder_left_half_written_is_no_checkpoint_and_is_swept_away(tokens, t
     assert not half.exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tokens, tmp_path):
-    session = after(tokens, 1)
+def test_a_full_disk_leaves_the_old_checkpoint(stepped, tmp_path):
+    session = stepped
     folder = saved(tmp_path, session, 1)
     facts = verified(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -78,19 +79,26 @@ def test_killed_at_twenty_random_moments_every_resume_ends_on_the_same_weights(d
     assert len(steps) >= 3, "the kills fell into one stretch"
 
 
-@pytest.fixture
-def stopped(data, tmp_path):
-    """A run that stopped after its checkpoints of steps 2 and 4, and the same run undisturbed."""
-    recipe = tiny(steps=6, save_every=2)
-    whole = pretrain.pretrain(recipe, tmp_path / "whole", data=data)
+@pytest.fixture(scope="module")
+def stopped_once(data, tmp_path_factory):
+    """A run that stopped after its checkpoints of steps 2 and 4, and the state of the same run undisturbed."""
+    recipe, root = tiny(steps=6, save_every=2), tmp_path_factory.mktemp("stopped")
+    whole = pretrain.pretrain(recipe, root / "whole", data=data)
 
     def stop(seen):
         if seen.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(recipe, tmp_path / "a", data=data, watch=stop)
-    return recipe, tmp_path / "a", whole
+        pretrain.pretrain(recipe, root / "a", data=data, watch=stop)
+    return recipe, root / "a", whole
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """The same in a copy of its own."""
+    recipe, out, whole = stopped_once
+    return recipe, shutil.copytree(out, tmp_path / "a"), whole
 
 
 def spoil(path):

@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, run: Run | None, recipe: Recipe, held: Part, rank
     training = model.training
     model.eval()
     try:
-        encoded = encode(model, run, recipe)
+        encoded = encode(model, run, recipe) if draws or run is None else {}
         with nullcontext() if run is None else run.latent():
             latent = _loss(model, recipe, held, ranks)
             drawn = []
