@@ -27,12 +27,11 @@ from estimating.lab import LENGTH, Base, Lab
 from estimating.methods import arms, grid, ours
 from estimating.peers import peers
 from estimating.runs import RESULTS
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import stepwell as sw
-from stepwell.train.transformer import Block, byte_transformer
+from stepwell.train.transformer import byte_transformer
 
 RATES = (1.5e-3, 3e-3)
 WIDTHS = (4, 3, 2)
@@ -51,7 +50,7 @@ AFTER = {  # of the trial: means of three seeds
     **{("default", AFTER_RATE, bits): loss for bits, loss in zip((3, 2), (1.6381, 1.6641), strict=True)},
     **{("torchao parq", AFTER_RATE, bits): loss for bits, loss in zip((3, 2), (1.6432, 1.6738), strict=True)},
 }
-AFTER_BASES = ("ours", "linear N(0, .02)", "embeddings N(0, 1)", "no biases, RMSNorm")
+AFTER_BASES = ("ours", "linear N(0, .02)")
 Key = tuple[str, float, int]
 
 
@@ -118,24 +117,6 @@ def rms_norm(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), own, nn.RMSNorm(layer.normalized_shape[0]))
 
 
-class ReluBlock(Block):
-    """Our block with a ReLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `(batch, length, width)` for the same."""
-        gelu, functional.gelu = functional.gelu, functional.relu
-        try:
-            return super().forward(x)
-        finally:
-            functional.gelu = gelu
-
-
-def relu(model: nn.Module) -> None:
-    """Put a ReLU in the place of GELU."""
-    for block in model.blocks:
-        block.__class__ = ReluBlock
-
-
 def both(*changes: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     """Return all changes, one after the other."""
 
@@ -164,7 +145,6 @@ def variants() -> dict[str, Base]:
         "linear N(0, 1 over inputs)": fan_in,
         "no biases": bare,
         "no biases, RMSNorm": both(bare, rms_norm),
-        "ReLU": relu,
     }
     named = [
         Base(),
@@ -172,7 +152,6 @@ def variants() -> dict[str, Base]:
         *(Base(name, changed(change)) for name, change in built.items()),
         Base("matrices alone decay", optimizer=matrices_decay),
         Base("warm-up of 100 steps", warmup=100),
-        Base("another seed", partial(byte_transformer, length=LENGTH, seed=1)),
     ]
     return {base.name: base for base in named}
 
