@@ -33,9 +33,8 @@ from stepwell.export.extras import need
 from stepwell.health import FRACTIONS, Vitals
 from stepwell.quantizers import Encoded
 from stepwell.run.attach import Run
-from stepwell.run.managed import place
 from stepwell.storage import load, save
-from stepwell.train.ranks import here
+from stepwell.train.ranks import here, put_
 
 FILE = "encoded.safetensors"
 IGNORED = -100  # the label that transformers leaves out of a loss
@@ -152,9 +151,8 @@ class _Following:
             self._terms += float(here(labels.device).total(labels.ne(IGNORED).sum()))
 
 
-@torch.no_grad()
 def put(model: nn.Module, encoded: Mapping[str, Encoded]) -> None:
     """Write encoded weights into a model's parameters of these names, sharded ones included."""
     parameters = dict(model.named_parameters())
     for name, one in encoded.items():
-        parameters[name].copy_(place(one.decode(), parameters[name]))
+        put_(parameters[name], one.decode())

@@ -187,22 +187,11 @@ def like(parameter: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def place(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor in the dtype and on the device of a parameter, cut as it is."""
-    moved = whole.to(parameter.device, parameter.dtype)
-    if not hasattr(parameter, "to_local"):
-        return moved
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = parameter
-    return distribute_tensor(moved, sharded.device_mesh, sharded.placements)
-
-
 def rows_like(one: Managed, part: Tensor) -> Tensor:
     """Return a tensor with one row per local block as `(rows, blocks per row, ..)`, placed like a sharded parameter.
 
-    Whole rows of the parameter lie on one rank, blocks need not split evenly: 3 rows of 5 blocks on two ranks are 10 and 5 blocks. The shape
-    is that of the whole at any world size, so that what is saved at one loads at another.
+    Whole rows of the parameter lie on one rank, blocks need not split evenly: 3 rows of 5 blocks on two ranks are 10 and 5 blocks. The
+    shape is that of the whole at any world size, so that what is saved at one loads at another.
     """
     whole: Any = one.parameter
     blocks, dimension = scale_shape(tuple(whole.shape), one.quantizer.block, one.quantizer.axis), _rows_dimension(whole, one.quantizer)
