@@ -19,6 +19,9 @@ from tests.language import tiny
 def both():
     return tiny()
 
+def latent():
+    return tiny("int2_1m_lotion")
+
 def float():
     return tiny("fp_1m")
 
@@ -55,27 +58,28 @@ def run(place, monkeypatch, capsys):
     return call
 
 
-def test_from_text_to_a_model_that_transformers_loads_and_the_grid_it_lies_on(run, place):
+@pytest.mark.parametrize("recipe", ["both", "latent"])
+def test_from_text_to_a_model_that_transformers_loads_and_the_grid_it_lies_on(run, place, recipe):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    code, out, _ = run("mine:both", "--data", "texts", "--out", "a", "--json")
+    code, out, _ = run(f"mine:{recipe}", "--data", "texts", "--out", recipe, "--json")
     assert code == 0
-    results = json.loads(out)
-    assert results == json.loads((place / "a/results.json").read_text())
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(place / "a/model"), AutoTokenizer.from_pretrained(place / "a/model")
-    encoded = sw.load(place / "a/model/encoded.safetensors")
+    results, folder = json.loads(out), place / recipe
+    assert results == json.loads((folder / "results.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    encoded = sw.load(folder / "model/encoded.safetensors")
     assert len(encoded) == 14
     assert all(torch.equal(model.get_parameter(name), one.decode()) for name, one in encoded.items())
     assert tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]) == TEXTS[0]
     # the table's loss is that of the model that ships, on the text that was held out
     from stepwell.train.tokens import open_tokens
 
-    held = open_tokens(place / "a/data").held
+    held = open_tokens(folder / "data").held
     rows = held.rows(range(min(9, held.sequences(16))), 16)
     with torch.no_grad():
         loss = cross_entropy(model(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
     assert results["losses"]["nearest"] == pytest.approx(float(loss), rel=1e-5)
-    assert (place / "a/loss.svg").read_text().count("<svg") == 1
+    assert (folder / "loss.svg").read_text().count("<svg") == 1
     assert results["tokens"] == 8 * 6 * 16
 
 
@@ -84,6 +88,7 @@ def test_a_table_for_people_and_a_bar_on_the_other_stream(run):
     assert code == 0
     assert "rounded to nearest (RTN)" in out
     assert "perplexity" in out
+    assert "Ship it: stepwell quantize" in out
     assert "loss" in err
     assert "\r" not in out
 

@@ -59,7 +59,7 @@ def train(
     if json:
         print_json(as_mapping(outcome))
         return
-    print_table(summary(outcome), title=title(outcome), note=f"Held-out text. Model: {outcome.files['model']}")
+    print_table(summary(outcome), title=title(outcome), note=ending(outcome))
 
 
 def changed(
@@ -135,6 +135,13 @@ def title(outcome: "Outcome") -> str:
         f"{outcome.recipe}: {outcome.method}, {outcome.quantizer}; {outcome.parameters / 1e6:.2f} million parameters{on_grid}; "
         f"{outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.tokens_per_second:,.0f} tokens/s"
     )
+
+
+def ending(outcome: "Outcome") -> str:
+    """Return where the model is and what to do with it."""
+    model, encoded = outcome.files["model"], outcome.files.get("encoded")
+    command = f"export {model} {encoded}" if encoded else f"quantize {model}"
+    return f"Losses on held-out text. Model: {model}\nShip it: stepwell {command} OUT --target compressed-tensors"
 
 
 def summary(outcome: "Outcome") -> list[dict[str, object]]:

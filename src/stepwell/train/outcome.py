@@ -59,8 +59,6 @@ def finish(session: Session, out: Path) -> Outcome:
     recipe, model, run = session.recipe, session.model, session.run
     losses = evaluate(model, run, recipe, session.tokens.held, session.ranks, draws=recipe.draws)
     encoded = {} if run is None else run.encoded()
-    with holding(model, {name: one.decode() for name, one in encoded.items()}):
-        weights = {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}
     described = recipe.described()
     folder = out / MODEL
     files = {"model": folder, "results": out / RESULTS, "figure": out / FIGURE, "metrics": out / metrics.FILE}
@@ -78,8 +76,11 @@ def finish(session: Session, out: Path) -> Outcome:
         _median([line["tokens_per_second"] for line in metrics.read(out)]) if session.ranks.first else math.nan,
         {name: str(path.resolve()) for name, path in files.items()},
     )
+    with holding(model, {name: one.decode() for name, one in encoded.items()}):  # also where the method trains on latent weights
+        weights = {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}
+        if session.ranks.first:
+            _write_model(session, folder, weights, encoded)
     if session.ranks.first:
-        _write_model(session, folder, weights, encoded)
         (out / FIGURE).write_text(figure(metrics.read(out)), encoding="utf-8")
         (out / RESULTS).write_text(json.dumps(as_mapping(outcome), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     session.ranks.wait()
