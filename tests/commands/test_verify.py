@@ -67,7 +67,7 @@ SLOW = [
         ("safetensors", "rtn"),
         ("safetensors", "default"),
         ("onnx:matmulnbits", "rtn"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW),
+        *SLOW,
     ],
 )
 def test_what_was_shipped_passes_later(run, target, method):

@@ -3,7 +3,7 @@
 import math
 import platform
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from stepwell.commands.quantize_words import compared, headline, lost, reasons, word
 from stepwell.report import Axis, Bars, Figure, Finding, Page, Section, Table, draw_bars
@@ -34,10 +34,10 @@ def _findings(shipped: "Shipped") -> list[Finding]:
     checked, losses = shipped.certificate, shipped.losses
     found = [Finding("passed" if checked.passed else "not passed", compared(checked)[0], "good" if checked.passed else "bad")]
     if checked.inputs:
-        equal = checked.max_relative_error <= checked.tolerance
-        found.append(Finding(f"{checked.max_relative_error:.1e}", compared(checked)[1], "good" if equal else "plain"))
+        state: Literal["good", "bad"] = "good" if checked.remainder <= checked.tolerance else "bad"
+        found.append(Finding(f"{checked.remainder:.1e}", " ".join(compared(checked)[1:]), state))
     if losses is not None:
-        found.append(Finding(f"{losses.increase:+.3g}", lost(shipped)[0], "good" if shipped.within else "bad"))
+        found.append(Finding(f"{losses.increase:+.2g}", lost(shipped)[0], "good" if shipped.within else "bad"))
     share = shipped.elements / shipped.total
     found.append(Finding(f"{shipped.bits:.3g} bits", f"per quantized weight, scales included; {share:.1%} of all weights are quantized."))
     return found
@@ -73,7 +73,7 @@ def _weights(shipped: "Shipped") -> Section:
     if worst:
         drawing = draw_bars(
             [one.name for one in worst], [Bars("relative error", [one.error for one in worst])],
-            axis=Axis("distance from the float weight, relative"), label="Relative error by weight",
+            axis=Axis("distance from the float weight, relative"), label="Relative error by weight", width=7.5,
         )  # fmt: skip
         largest = worst[0]
         meaning = f"{largest.name} was moved most, by {largest.error:.1%} of its length" + (

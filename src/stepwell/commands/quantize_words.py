@@ -48,10 +48,10 @@ def compared(certificate: "Certificate") -> list[str]:
     classes = ""
     if certificate.kl is not None:
         classes = f"; KL {certificate.kl:.1e} nats per row, the same first choice in {certificate.top1_agreement:.2%}"
-    lines.append(
-        f"Outputs differ by {certificate.max_relative_error:.1e} of the largest, allowed are {certificate.tolerance:.1e}{classes}."
-    )
-    return [*lines, *(f"{cause.name} ({cause.what}): {cause.before:.1e} becomes {cause.after:.1e}." for cause in certificate.causes)]
+    left = f", of which {certificate.remainder:.1e} is not explained by what is listed here" if certificate.causes else ""
+    allowed = f"allowed are {certificate.tolerance:.1e}"
+    lines.append(f"Outputs differ by {certificate.max_relative_error:.1e} of the largest{left}; {allowed}{classes}.")
+    return [*lines, *(f"Cause: {cause.name} ({cause.what}): {cause.before:.1e} becomes {cause.after:.1e}." for cause in certificate.causes)]
 
 
 def word(equal: bool | None) -> str:

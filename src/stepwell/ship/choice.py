@@ -30,10 +30,10 @@ def choose(source: Source, plan: Plan, tolerance: float, *, rate: float, progres
         source.model, source.loss, source.measuring,
         quantizers=[plan.choices], tolerance=tolerance, calibration=source.learning[:CALIBRATING], rate=rate, on_step=tell,
     )[0]  # fmt: skip
-    return _choice(verdict, tolerance)
+    return method_for(verdict, tolerance)
 
 
-def _choice(verdict: Verdict, tolerance: float) -> Choice:
+def method_for(verdict: Verdict, tolerance: float) -> Choice:
     """Turn a verdict into a method."""
     said = f"advise: {WORDS[verdict.method]}, expected increase {verdict.predicted:+.2g} ({verdict.low:.2g} to {verdict.high:.2g})"
     if verdict.method != "uncertain":

@@ -18,6 +18,7 @@ from stepwell.ship.source import Source, logits_only
 from stepwell.ship.tensor_file import write_encoded, write_tensors
 from stepwell.ship.tokenizer import copy_tokenizer
 
+FAMILIES = ("compressed-tensors", "torchao")  # whose name alone stands for their integers of `bits`
 ENCODED, REST = "encoded.safetensors", "rest.safetensors"
 Weights = Mapping[str, Encoded]
 
@@ -169,8 +170,8 @@ def route(target: str) -> Route:
 
 def known() -> list[str]:
     """Return the names of all targets that can be shipped."""
-    families = [family for family in ROUTES if family not in {row.name for row in targets()}]
-    return [*families, *(row.name for row in targets() if row.name in ROUTES or row.name.partition(":")[0] in ROUTES)]
+    rows = [row.name for row in targets() if row.name in ROUTES or row.name.partition(":")[0] in ROUTES]
+    return [*(family for family in ROUTES if family in FAMILIES), *rows]
 
 
 def grid(target: str, *, bits: int | None, block: int | None) -> Quantizer:
@@ -179,7 +180,8 @@ def grid(target: str, *, bits: int | None, block: int | None) -> Quantizer:
     Raises:
         ValueError: an unknown target, or bits or a block that it does not have; says which targets do.
     """
-    route(target)
+    if target not in known():
+        raise ValueError(f"`target` must be one of {', '.join(known())}: got {target!r}.")
     return grid_of(target, bits=bits, block=block)
 
 
