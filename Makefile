@@ -18,13 +18,14 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-slow check bench papers clean
+.PHONY: help demo test test-slow test-runtimes check bench papers clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo       train, round and export a small network, and write the report (minutes)"
 	@echo "make test       the test suite, under ten minutes"
 	@echo "make test-slow  the full cross product; its log goes to tests/results/slow.log"
+	@echo "make test-runtimes  exports in llama.cpp and other runtimes that are built or large: installs them first (minutes)"
 	@echo "make check      lint, format, types, import layers"
 	@echo "make bench      every file in benchmarks/, results to benchmarks/results/"
 	@echo "make papers     every figure in papers/, results to papers/<paper>/results/"
@@ -41,6 +42,9 @@ test-slow: .SHELLFLAGS := -o pipefail -c
 test-slow: .venv/.dev
 	@mkdir -p tests/results
 	$(PYTEST) -m slow -n $(WORKERS) --timeout 3600 --durations 20 2>&1 | tee tests/results/slow.log
+
+test-runtimes: .venv/.runtimes
+	$(PYTEST) -m slow -n 0 --timeout 3600 tests/export/test_runtime_*.py
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -78,6 +82,10 @@ clean:
 .venv/.dev: .venv/.torch
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ .venv/.demo
+
+.venv/.runtimes: .venv/.dev
+	$(INSTALL) --editable '.[dev,runtimes]'
+	@touch $@
 
 .venv/.bench: .venv/.torch
 	$(INSTALL) --editable '.[demo,fast,bench]'

@@ -131,7 +131,10 @@ def cell(subject: Subject, options: Mapping[str, Any], folder: Path) -> dict[str
     family, started = str(options["name"]).partition(":")[0], time.perf_counter()
     grid = sw.target(**options)
     inner = Logits(subject.model) if family == "onnx" and not isinstance(subject.model, nn.Sequential) else subject.model
-    kept = [row.name for row in sw.select(inner).chosen if not divides(row.parameter, grid)]
+    chosen = sw.select(inner).chosen
+    kept = [row.name for row in chosen if not divides(row.parameter, grid)]
+    if len(kept) == len(chosen):
+        return {"reason": f"no weight has inputs that are a multiple of the block of {grid.block}"}
     try:
         encoded = sw.ptq.rtn(copy.deepcopy(inner), grid, skip=kept)
         path = export(inner, encoded, subject, options, folder)

@@ -102,6 +102,19 @@ def ranges(model: nn.Module) -> dict[str, Range]:
     return {name: hook.range for name, hooks in found.items() for hook in hooks if hook.range is not None}
 
 
+def refuse_rounded(model: nn.Module, target: str) -> None:
+    """Refuse a model whose activations are rounded, for a target whose files cannot say so.
+
+    Raises:
+        ValueError: it has hooks that round.
+    """
+    if hooks := _hooks(model):
+        raise ValueError(
+            f"`model` rounds the activations into {len(hooks)} modules, which {target} does not hold. Export to ONNX, or call `.remove()` "
+            "on the handle of `quantize_activations` first."
+        )
+
+
 @contextmanager
 def without_rounding(model: nn.Module) -> Iterator[None]:
     """Let activations be what they are while the block runs."""

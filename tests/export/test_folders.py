@@ -277,6 +277,10 @@ def test_what_cannot_be_shipped_is_refused_and_nothing_is_written(family, tmp_pa
     two = {**encoded, "lm_head.weight": sw.target(family, compute="bf16").encode(model.lm_head.weight)}
     with pytest.raises(ValueError, match=r"`encoded` must be computed in one dtype.*\['None', 'bf16'\]"):
         export(model, two, out)
+    rounding = sw.quantize_activations(twin)
+    with pytest.raises(ValueError, match=f"`model` rounds the activations into 15 modules, which {family} does not hold"):
+        export(twin, encoded, out)
+    rounding.remove()
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"`model.norm.weight` must be finite"):

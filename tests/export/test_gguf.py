@@ -16,13 +16,19 @@ from gguf.quants import dequantize, quantize
 from torch import nn
 
 import stepwell as sw
-from stepwell.export import aside, gguf_blocks, gguf_file, gguf_names
+from stepwell.export import aside, gguf_blocks, gguf_file, gguf_names, llama_cpp
 from stepwell.export.gguf import gguf as export
 from stepwell.export.gguf_tokenizer import read_tokenizer
 
 from .language import VARIANTS, language_model, tokens
 
 KINDS = list(gguf_blocks.KINDS.values())
+
+
+@pytest.fixture(autouse=True)
+def _decoders_only(monkeypatch):
+    """Compare outputs through `gguf`'s decoders, also where llama.cpp is installed; that is for test_runtime_llama_cpp."""
+    monkeypatch.setattr(llama_cpp, "available", lambda: False)
 
 
 def type_of(kind):
@@ -193,6 +199,10 @@ def test_what_gguf_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
         ValueError, match=r"`model` must be a transformers model of type llama.*got a model without a config.*onnx:matmulnbits"
     ):
         export(other, sw.ptq.rtn(other, sw.target("gguf:q4_0")), path)
+    rounding = sw.quantize_activations(copied)
+    with pytest.raises(ValueError, match="`model` rounds the activations into 15 modules, which GGUF does not hold"):
+        export(copied, encoded, path)
+    rounding.remove()
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"`model.norm.weight` must be finite"):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stepwell.activations import refuse_rounded
 from stepwell.export import gguf_blocks, gguf_names
 from stepwell.export.aside import new_file
 from stepwell.export.deployed import check_encoded, owners
@@ -74,6 +75,7 @@ def gguf(
     if ternary not in ("tq1_0", "tq2_0"):
         raise ValueError(f"`ternary` must be 'tq1_0' or 'tq2_0': got {ternary!r}.")
     check_encoded(model, encoded)
+    refuse_rounded(model, "GGUF")
     if not encoded:
         raise ValueError("`encoded` must hold at least one weight: got an empty mapping. Was anything selected?")
     vocabulary = None if tokenizer is None else read_tokenizer(Path(tokenizer))

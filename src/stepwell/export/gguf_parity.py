@@ -1,10 +1,11 @@
 """GGUF parity: what `gguf` reads and decodes from a file, against the model it came from.
 
-llama.cpp multiplies with the same codes and scales, and rounds activations to 8 bits besides; `gguf`'s decoders leave that out, so the
-outputs compared here are those of the decoded weights in PyTorch.
+llama.cpp multiplies with the same codes and scales, and rounds activations to 8 bits besides. Where llama-cpp-python is installed and the
+example is tokens, the outputs are llama.cpp's; else they are those of `gguf`'s decoders in PyTorch, which leave that rounding out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stepwell.export import gguf_blocks, gguf_file, gguf_names
+from stepwell.activations import refuse_rounded
+from stepwell.export import gguf_blocks, gguf_file, gguf_names, llama_cpp
 from stepwell.export.certificate import Cause, Certificate, Layer
 from stepwell.export.deployed import owners, plain
 from stepwell.export.extras import need
-from stepwell.export.outputs import certify, compare, with_weights
+from stepwell.export.outputs import Compared, certify, compare, with_weights
 from stepwell.quantizers import Encoded
 
+CLOSE = 1e-5  # of a product's largest output: a kernel of which the model is right
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -31,6 +34,7 @@ def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Ma
         ValueError: no GGUF file, or a model or example that does not fit it.
     """
     need("gguf", extra="export")
+    refuse_rounded(model, "GGUF")
     file = gguf_file.read(path)
     first = {id(parameter): name for name, parameter in reversed(owners(model).items())}
     known = {first[id(parameter)]: parameter for parameter in owners(model).values()}
@@ -42,7 +46,7 @@ def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Ma
         *_float_part(file, places, known, loaded, quantized=set(weights)),
         *_surplus(file, set(places.files.values()) | {"rope_freqs.weight"}),
     ]
-    runs = compare(model, encoded, with_weights(model, loaded), example)
+    decoded = compare(model, encoded, with_weights(model, loaded), example)
     halves = {name: known[name] for name in loaded if file.tensors[places.files[name]].type == "F16" and name not in weights}
     causes = []
     if halves:
@@ -50,8 +54,47 @@ def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Ma
         rounded = with_weights(model, {**loaded, **{name: plain(tensor).half().float() for name, tensor in halves.items()}})
         modelled = compare(model, encoded, with_weights(model, loaded), example, reference=rounded)
         what = f"{len(halves)} float matrices rounded to float16 in the model too"
-        causes.append(Cause("float16 storage", what, runs[0].error, modelled[0].error))
-    return certify(path, layers, runs, runtime="gguf's decoders and PyTorch", version=version("gguf"), causes=causes)
+        causes.append(Cause("float16 storage", what, decoded[0].error, modelled[0].error))
+    if llama_cpp.available() and len(example) == 1 and example[0].ndim == 2 and not example[0].is_floating_point():
+        return _in_llama_cpp(path, model, example, encoded, file, places, layers, decoded, causes)
+    return certify(path, layers, decoded, runtime="gguf's decoders and PyTorch", version=version("gguf"), causes=causes)
+
+
+def _in_llama_cpp(
+    path: Path,
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    encoded: Mapping[str, Encoded],
+    file: gguf_file.GgufFile,
+    places: gguf_names.Names,
+    layers: list[Layer],
+    decoded: list[Compared],
+    causes: list[Cause],
+) -> Certificate:
+    """Run the file in llama.cpp as well, hold every kernel against what it is known to compute, and name what that accounts for."""
+    errors: dict[str, float] = {}
+
+    def runtime(inputs: tuple[Tensor, ...]) -> list[NDArray[np.float32]]:
+        ran = [llama_cpp.run(path, row.tolist()) for row in inputs[0]]
+        for product in (product for one in ran for product in one.products):
+            one_error = llama_cpp.error(product, file.tensors[product.weight])
+            errors[product.weight] = float(np.max([errors.get(product.weight, 0.0), one_error]))
+        return [np.stack([one.logits for one in ran])]
+
+    runs = compare(model, encoded, runtime, example)
+    parameters = {places.files[name]: name for name in places.files}
+    first = {id(parameter): name for name, parameter in reversed(owners(model).items())}
+    found = {parameters[name]: error for name, error in errors.items() if name in parameters}
+    rows = []
+    for layer in layers:
+        name = first[id(owners(model)[layer.name])] if layer.name in owners(model) else layer.name
+        known = found.get(name) if layer.nodes else None
+        rows.append(layer if known is None else replace(layer, kernel="activations rounded to 8 bits", modelled=known))
+    worst = max((row.modelled for row in rows if row.modelled is not None), default=float("inf"))
+    what = f"the file's weights decoded by gguf, products in float32; every kernel modelled to {worst:.0e} on the inputs that it got"
+    cause = Cause("8-bit activations in llama.cpp's kernels", what, runs[0].error, decoded[0].error)
+    certificate = certify(path, rows, runs, runtime="llama.cpp", version=version("llama-cpp-python"), causes=[cause, *causes])
+    return replace(certificate, passed=certificate.passed and worst <= CLOSE)
 
 
 def _loaded(stored: gguf_file.Stored, places: gguf_names.Names, name: str) -> Tensor:

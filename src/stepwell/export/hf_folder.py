@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stepwell.activations import refuse_rounded
 from stepwell.export.aside import new_folder
 from stepwell.export.deployed import owners
 from stepwell.export.trace import quiet, reason
@@ -33,8 +34,9 @@ def check_model(model: nn.Module, target: str) -> None:
     """Refuse a model that transformers could not load again.
 
     Raises:
-        ValueError: no transformers model, or one whose files have other names than its parameters.
+        ValueError: no transformers model, one whose files have other names than its parameters, or one with rounded activations.
     """
+    refuse_rounded(model, target)
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
 
