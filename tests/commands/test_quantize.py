@@ -4,7 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -297,3 +301,25 @@ def test_bad_folders_are_one_line(run, folder, tmp_path):
     refused(lambda copy: edited(copy / "config.json", num_hidden_layers=3), "lack or misfit")
     refused(lambda copy: None, "`data` must be given for --method gptq", "--method", "gptq")
     refused(lambda copy: None, "`data` must be a text file", "--data", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_kill_while_an_artifact_is_written_leaves_the_old_one(folder, tmp_path):
+    """Killed at five moments after the draft has appeared; the old artifact is what its certificate names, every time."""
+    command = [sys.executable, "-m", "stepwell", "quantize", str(folder), str(tmp_path / "out"), "--target", "gguf:q4_0", "--force"]
+    subprocess.run(command, check=True, capture_output=True)
+    told = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    for moment in (0.0, 0.05, 0.1, 0.2, 0.4):
+        worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while worker.poll() is None and not any(name.endswith(".part") for name in os.listdir(tmp_path)):
+            time.sleep(0.002)
+        time.sleep(moment)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        held = json.loads((tmp_path / "out" / "certificate.json").read_text())
+        for name, digest in held["files"].items():
+            assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+        assert held["files"] == told["files"]  # the new one would be the same to the byte
+        for name in os.listdir(tmp_path):
+            if name.endswith(".part"):
+                shutil.rmtree(tmp_path / name)
