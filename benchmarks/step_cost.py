@@ -1,14 +1,16 @@
 """What does a quantized training step cost? Plain, ours and torchao's, interleaved in one run.
 
-    python benchmarks/step_cost.py [--rounds 20] [--out benchmarks/results/step_cost.json]
+    python benchmarks/step_cost.py [--rounds 20] [--all] [--out benchmarks/results/step_cost.json]
 
 Model: a Llama-like transformer of 4 layers, width 256, feed-forward 704, vocabulary 4096; batch 8 x 128 tokens, float32, AdamW, one thread;
 the 28 block linears (3.2 million weights) are quantized to int4 in blocks of 32. Variants take the automatic path, numba's kernels at this
-size; "eager" is what runs where numba is not installed. Every round runs each variant once, in an order that
-rotates, and a ratio is the median over rounds of variant / plain *within the round*, so that a drifting machine cancels. Memory is
-measured in a process of its own per variant: growth of the peak resident size over the freshly built model, with the allocator's mmap
-threshold fixed so that freed tensors leave the process. The floor of a variant is the least memory traffic that its extra work can have as
-passes around an optimizer, at the bandwidth of a copy measured in the same run. Needs `pip install "stepwell[bench,fast]"`.
+size; "eager" is what runs where numba is not installed. Every round runs each variant once, in an order that rotates, and a ratio is the
+median over rounds of variant / plain *within the round*, so that a drifting machine cancels. `--all` times every method instead, held and
+learned scales and the default included, annealed ones in the middle of their way, into step_cost_all.json, against the bar of 1.08.
+Memory is measured in a process of its own per variant: growth of the peak resident size over the freshly built model, with the
+allocator's mmap threshold fixed so that freed tensors leave the process. The floor of a variant is the least memory traffic that its
+extra work can have as passes around an optimizer, at the bandwidth of a copy measured in the same run. Needs
+`pip install "stepwell[bench,fast]"`.
 """
 
 import argparse
@@ -19,21 +21,57 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import processor
 from torch import nn
 
 import stepwell as sw
+from stepwell.methods.base import Method
+from stepwell.schedules import constant
+from stepwell.train.quantize import recipe
 
 VARIANTS = ("plain", "ste", "lotion", "ste + lotion", "ste, eager", "lotion, eager", "torchao int4 g32")
 BATCH, LENGTH, VOCABULARY = 8, 128, 4096
+TERMS = BATCH * LENGTH
+EAGER = ", eager"  # as where numba is not installed
+BAR = 1.08  # a step on the automatic path over a plain one, at most
 # Bytes per managed weight that passes around the optimizer must move, float32. STE: copy the latent in (8), copy the result out (8), write
 # the rounded weight while the latent is in cache (4). LOTION: read weight, second moment and first moment, write the first moment.
 FLOOR_BYTES = {"ste": 20, "lotion": 16, "ste + lotion": 36, "ste, eager": 20, "lotion, eager": 16}
+
+
+def every() -> dict[str, Method]:
+    """Return every method, in the state in which its steps cost most: annealed ones half way, schedules that do not end."""
+    q, forever = sw.int4(block=32), 10_000
+    half = constant(0.5)
+    return {
+        "ste": sw.ste(q),
+        "clipped ste": sw.ste(q, clip=0.8),
+        "lotion": sw.lotion(q, loss_terms=TERMS),
+        "ste + lotion": sw.lotion(q, loss_terms=TERMS, forward="nearest"),
+        "coupled": sw.coupled(q, loss_terms=TERMS),
+        "coupled, nearest": sw.coupled(q, loss_terms=TERMS, nearest=True),
+        "sampled": sw.sampled(q),
+        "prox": sw.prox(q, strength=1.0, loss_terms=TERMS),
+        "ste + prox": sw.prox(q, strength=1.0, loss_terms=TERMS, forward="nearest"),
+        "own curvature": sw.fisher(sw.lotion(q, loss_terms=TERMS)),
+        "parq": sw.parq(q, slope=half),
+        "binary relax": sw.binary_relax(q, share=half),
+        "soft, hot": sw.soft(q, temperature=half),
+        "soft, cold": sw.soft(q, temperature=constant(0.02)),
+        "cage": sw.cage(q, pull=constant(1.0)),
+        "held scales": sw.held(sw.ste(q)),
+        "held scales, lotion": sw.held(sw.lotion(q, loss_terms=TERMS, forward="nearest")),
+        "lsq": sw.lsq(q),
+        "learned scales, parq": sw.learned(sw.parq(q, slope=half)),
+        "learned scales, latent": sw.learned(sw.lotion(q, loss_terms=TERMS)),
+        "default": recipe(q, steps=forever, loss_terms=TERMS),
+    }
 
 
 def build() -> nn.Module:
@@ -48,7 +86,7 @@ def build() -> nn.Module:
 
 def prepare(variant: str) -> tuple[Callable[[], None], int]:
     """Return one training step of a variant, and how many weights it quantizes."""
-    model = build()
+    model, methods = build(), every()
     if variant == "torchao int4 g32":
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -56,15 +94,9 @@ def prepare(variant: str) -> tuple[Callable[[], None], int]:
         config = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare")
         quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    quantizer = sw.int4(block=32)
-    methods = {
-        "ste": lambda: sw.ste(quantizer),
-        "lotion": lambda: sw.lotion(quantizer, loss_terms=BATCH * LENGTH),
-        "ste + lotion": lambda: sw.lotion(quantizer, loss_terms=BATCH * LENGTH, forward="nearest"),
-    }
-    name, _, eager = variant.partition(", ")
+    name, eager = variant.removesuffix(EAGER), variant.endswith(EAGER)
     if name in methods:
-        run = sw.attach(model, methods[name](), optimizer, skip=["lm_head"], compile=False if eager else None)
+        run = sw.attach(model, methods[name], optimizer, skip=["lm_head"], compile=False if eager else None)
         expected = "eager path" if eager else "numba path"
         if expected not in repr(run):
             raise SystemExit(f"{variant} is to be measured on the {expected}, and is on another: {run!r}. Is numba installed?")
@@ -79,16 +111,16 @@ def prepare(variant: str) -> tuple[Callable[[], None], int]:
     return step, quantized
 
 
-def timings(rounds: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
+def timings(variants: Sequence[str], rounds: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
     """Return wall and CPU seconds of every variant in every round."""
     steps, quantized = {}, 0
-    for variant in VARIANTS:
+    for variant in variants:
         steps[variant], quantized = prepare(variant)
-    wall: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    cpu: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    wall: dict[str, list[float]] = {variant: [] for variant in variants}
+    cpu: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(warmup + rounds):
-        for k in range(len(VARIANTS)):
-            variant = VARIANTS[(turn + k) % len(VARIANTS)]
+        for k in range(len(variants)):
+            variant = variants[(turn + k) % len(variants)]
             before, used = time.perf_counter(), time.process_time()
             steps[variant]()
             if turn >= warmup:
@@ -132,28 +164,31 @@ def copy_bandwidth() -> float:
     return 2 * 4 * source.numel() / min(times)
 
 
-def summarise(rounds: int) -> dict[str, object]:
+def summarise(rounds: int, *, everything: bool) -> dict[str, object]:
+    """Return ratios to the plain step; of the usual variants also memory and floors."""
     torch.set_num_threads(1)
+    variants = ("plain", *every()) if everything else VARIANTS
     bandwidth = copy_bandwidth()
-    wall, cpu, quantized = timings(rounds, warmup=4)
-    memory = {variant: peak_growth(variant) for variant in VARIANTS}
+    wall, cpu, quantized = timings(variants, rounds, warmup=4)
+    memory = {} if everything else {variant: peak_growth(variant) for variant in variants}
     rows = {}
-    for variant in VARIANTS:
+    for variant in variants:
         paired = sorted(a / b for a, b in zip(wall[variant], wall["plain"], strict=True))
         paired_cpu = [a / b for a, b in zip(cpu[variant], cpu["plain"], strict=True)]
         extra = statistics.median(a - b for a, b in zip(cpu[variant], cpu["plain"], strict=True))
-        floor = FLOOR_BYTES.get(variant, 0) * quantized / bandwidth
         rows[variant] = {
             "wall_ms": 1e3 * statistics.median(wall[variant]),
             "wall_ratio": statistics.median(paired),
             "wall_ratio_quartiles": [paired[len(paired) // 4], paired[-1 - len(paired) // 4]],
             "cpu_ratio": statistics.median(paired_cpu),
             "extra_cpu_ms": 1e3 * extra,
-            "floor_ms": 1e3 * floor,
-            "extra_over_floor": extra / floor if floor else None,
-            "memory_mb": memory[variant],
-            "memory_ratio": memory[variant] / memory["plain"],
         }
+        if everything:
+            rows[variant] |= {"within_bar": statistics.median(paired_cpu) <= BAR}
+            continue
+        floor = FLOOR_BYTES.get(variant, 0) * quantized / bandwidth
+        rows[variant] |= {"floor_ms": 1e3 * floor, "extra_over_floor": extra / floor if floor else None}
+        rows[variant] |= {"memory_mb": memory[variant], "memory_ratio": memory[variant] / memory["plain"]}
     return {
         "machine": f"{processor()}, {os.cpu_count()} cores, 1 thread used; {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -168,22 +203,32 @@ def summarise(rounds: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_cost.json")
+    parser.add_argument("--all", action="store_true", help="every method, times only")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", choices=VARIANTS)
     options = parser.parse_args()
     if options.memory_of:
         measure_memory(options.memory_of)
         return
-    result = summarise(options.rounds)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = summarise(options.rounds, everything=options.all)
+    out = options.out or Path(__file__).parent / "results" / ("step_cost_all.json" if options.all else "step_cost.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     print(result["machine"])
-    print(f"{'variant':<18} {'wall ms':>8} {'wall x':>7} {'cpu x':>7} {'extra ms':>9} {'floor ms':>9} {'x floor':>8} {'MB':>6} {'MB x':>6}")
-    for variant, row in result["variants"].items():  # type: ignore[attr-defined]
+    report(result["variants"])  # type: ignore[arg-type]
+
+
+def report(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a line per variant."""
+    print(f"{'variant':<24} {'wall ms':>8} {'wall x':>7} {'cpu x':>7} {'extra ms':>9}")
+    for variant, row in rows.items():
+        times = f"{variant:<24} {row['wall_ms']:>8.0f} {row['wall_ratio']:>7.3f} {row['cpu_ratio']:>7.3f} {row['extra_cpu_ms']:>9.1f}"
+        if "within_bar" in row:
+            print(times if row["within_bar"] else f"{times}   above {BAR}")
+            continue
         over = f"{row['extra_over_floor']:.1f}" if row["extra_over_floor"] else "-"
         print(
-            f"{variant:<18} {row['wall_ms']:>8.0f} {row['wall_ratio']:>7.3f} {row['cpu_ratio']:>7.3f} {row['extra_cpu_ms']:>9.1f} "
-            f"{row['floor_ms']:>9.1f} {over:>8} {row['memory_mb']:>6.0f} {row['memory_ratio']:>6.3f}"
+            f"{times}   floor {row['floor_ms']:.1f} ms, {over} times that; {row['memory_mb']:.0f} MB, {row['memory_ratio']:.3f} times plain"
         )
 
 

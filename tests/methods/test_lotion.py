@@ -1,12 +1,15 @@
 """LOTION in the open: numbers worked out by hand, autograd through the bracket, and the expectation over all roundings."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from tests.cases import QUANTIZERS, gaussian, seeded
 from tests.reference.lotion import penalty as slow_penalty
 from tests.reference.lotion import roundings
+from tests.reference.relatives import levels
+from tests.reference.relatives import prox as slow_prox
 
 import stepwell as sw
 from stepwell.blocks import to_blocks
@@ -137,6 +140,19 @@ def test_prox_minimizes_within_the_cell(strength):
     gap = bracket.upper - bracket.lower
     assert ((found - best).abs() <= gap / 20000).all()  # the trial points are that far apart
     assert not torch.equal(found, weight)
+
+
+@pytest.mark.parametrize("strength", [0.3, 3.0, 100.0])
+@pytest.mark.parametrize("quantizer", [sw.int3(block=8), sw.intn(2, block=8, levels="full"), sw.fp4(block=8)], ids=str)
+def test_prox_equals_brute_force(quantizer, strength):
+    """To 1e-8 of weights of order one, by bisection in each cell."""
+    weight, curvature = gaussian(3, 8, seed=17, dtype=torch.float64), gaussian(3, 8, seed=18, dtype=torch.float64).square()
+    found, scales = lotion.prox(weight, curvature, quantizer, strength=strength, lr=0.2), quantizer.scale(weight)
+    for row, column in product(range(3), range(8)):
+        g = curvature[row, column].item()
+        if abs(strength * 0.2 * g - 1) > 1e-3:  # else nearly flat: the minimum is not determined to 1e-8
+            expected = slow_prox(weight[row, column].item(), g, levels(quantizer, scales[row, 0].item()), strength, 0.2)
+            assert found[row, column].item() == pytest.approx(expected, abs=1e-8)
 
 
 def test_prox_takes_a_learning_rate_per_weight_and_snaps_at_one():
