@@ -124,20 +124,14 @@ def _streamed(data: str) -> Iterator[str]:
             if COLUMN not in row:
                 raise ValueError(f"`data`: the dataset {name!r} has no column {COLUMN!r}: it has {', '.join(row)}.")
             yield _text(row[COLUMN], f"a row of {name!r}")
-    except ValueError as error:
+    except Exception as error:  # the hub, the network, a dataset's own script: whatever they raise, the dataset cannot be had
         if "`data`" in str(error):
             raise
-        raise ValueError(_unreachable(data, error)) from error
-    except Exception as error:  # the hub, the network, a dataset's own script: whatever they raise, the dataset cannot be had
-        raise ValueError(_unreachable(data, error)) from error
-
-
-def _unreachable(data: str, error: Exception) -> str:
-    return (
-        f"`data`: {data!r} is no file or folder here, and as a dataset of the hub it cannot be read "
-        f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). Without a network, download its parquet or JSON files "
-        "elsewhere and give their folder."
-    )
+        raise ValueError(
+            f"`data`: {data!r} is no file or folder here, and as a dataset of the hub it cannot be read "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). Without a network, download its parquet or JSON files "
+            "elsewhere and give their folder."
+        ) from error
 
 
 def _text(value: object, where: str) -> str:
