@@ -8,7 +8,7 @@ import torch
 from tests.language import session_of, tiny, tokens_in
 from torch.nn.functional import cross_entropy
 
-from stepwell.train.blame import DivergedError
+from stepwell.train.blame import DivergedError, culprit
 from stepwell.train.ranks import Ranks
 from stepwell.train.session import advance, make_optimizer
 from stepwell.train.tokens import batch
@@ -100,6 +100,19 @@ def test_a_gradient_that_is_no_number_is_named(tokens):
     weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(DivergedError, match=r"is in the gradient of model.layers.0.self_attn.o_proj.weight"):
         advance(session, 0)
+
+
+def test_processes_agree_on_what_one_of_them_found(tokens):
+    session = session_of(tiny("fp_1m"), tokens)
+
+    class Other(Ranks):
+        """The sum with a process that found the third parameter to be no number."""
+
+        def total(self, value):
+            return value + torch.eye(len(value))[2]
+
+    names = [name for name, _ in session.model.named_parameters()]
+    assert culprit(session.model, [], session.recipe, Other(0, 2, torch.device("cpu"))) == f"the weight {names[2]}"
 
 
 def test_a_world_size_that_does_not_divide_is_refused(tokens):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.train.language import row_losses
+from stepwell.train.ranks import Ranks
 from stepwell.train.recipe import Recipe
 
 
@@ -15,28 +16,30 @@ class DivergedError(ArithmeticError):
     """A loss or a gradient that is no finite number."""
 
 
-def culprit(model: nn.Module, batches: Iterable[Tensor], recipe: Recipe) -> str:
-    """Return in words where a step that went wrong first holds a number that is not finite.
+def culprit(model: nn.Module, batches: Iterable[Tensor], recipe: Recipe, ranks: Ranks) -> str:
+    """Return in words where a step that went wrong first holds a number that is not finite. Every process calls it, and gets the same.
 
     Args:
         model: with the gradients of the step, not yet clipped.
-        batches: the step's micro-batches, run again.
+        batches: this process's micro-batches of the step, run again.
         recipe: of the run.
+        ranks: each sees its own shards and rows; they agree before one of them goes on alone.
     """
-    weight = _first(model.named_parameters())
+    weight = _agreed([(name, not _finite(weight)) for name, weight in model.named_parameters()], ranks)
     if weight:
         return f"the weight {weight}"
     for tokens in batches:
-        output = _first_output(model, tokens, recipe)
+        output = _agreed(_first_output(model, tokens, recipe), ranks)
         if output:
             return f"the output of {output}"
     # the backward pass begins at the end of the model
-    gradient = _first((name, p.grad) for name, p in reversed(list(model.named_parameters())) if p.grad is not None)
+    trained = [(name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())) if parameter.requires_grad]
+    gradient = _agreed([(name, grad is not None and not _finite(grad)) for name, grad in trained], ranks)
     return f"the gradient of {gradient}" if gradient else "the loss alone"
 
 
-def _first_output(model: nn.Module, tokens: Tensor, recipe: Recipe) -> str:
-    """Return the name of the first module whose output is not finite; empty where all are."""
+def _first_output(model: nn.Module, tokens: Tensor, recipe: Recipe) -> list[tuple[str, bool]]:
+    """Return every module without parts, and whether it was the first whose output is not finite."""
     found: list[str] = []
 
     def look(name: str, output: Any) -> None:
@@ -48,15 +51,17 @@ def _first_output(model: nn.Module, tokens: Tensor, recipe: Recipe) -> str:
     handles = [module.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, module in leaves]
     try:
         with torch.no_grad():
-            losses = row_losses(model, tokens, recipe.precision)
+            row_losses(model, tokens, recipe.precision)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "" if _finite(losses) else "the model's head, in the loss"
+    return [(name, name in found) for name, _ in leaves]
 
 
-def _first(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    return next((name for name, tensor in tensors if not _finite(tensor)), "")
+def _agreed(flags: list[tuple[str, bool]], ranks: Ranks) -> str:
+    """Return the first name that any process has raised its flag for; empty where none has."""
+    raised = ranks.total(torch.tensor([float(flag) for _, flag in flags], device=ranks.device)) > 0
+    return flags[int(raised.double().argmax())][0] if bool(raised.any()) else ""
 
 
 def _finite(tensor: Tensor) -> bool:

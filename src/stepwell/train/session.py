@@ -88,7 +88,7 @@ def advance(session: Session, step: int) -> dict[str, float]:
     norm = whole(get_total_norm(gradients))
     measured = {"loss": float(ranks.total(total)), "gradient_norm": float(norm)}
     if not all(math.isfinite(value) for value in measured.values()):
-        place = culprit(session.model, micros, recipe)
+        place = culprit(session.model, micros, recipe, ranks)
         raise DivergedError(
             f"step {step + 1}: the loss is {measured['loss']:g}, the gradient's norm {measured['gradient_norm']:g}. The first number that "
             f"is not finite is in {place}."
