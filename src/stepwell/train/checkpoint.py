@@ -52,26 +52,20 @@ def save(root: Path, model: nn.Module, optimizer: Optimizer, *, step: int, facts
     """
     state = flat(model, optimizer)
     final, aside = root / f"{PREFIX}{step:09d}", root / f".{PREFIX}{step:09d}.part"
-    if ranks.first:
-        for left in root.glob(f".{PREFIX}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
-    ranks.wait()
+    told = {"version": VERSION, "step": step, "world_size": ranks.size, **facts}
     try:
+        ranks.alone(lambda: _make_room(aside))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=ranks.size > 1)
         with _quiet():
             write(state, storage_writer=writer, no_dist=ranks.size == 1)
         ranks.wait()
-        if ranks.first:
-            _seal(aside, {"version": VERSION, "step": step, "world_size": ranks.size, **facts})
-            _replace(aside, final)
+        ranks.alone(lambda: _finish(aside, final, told))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {step} cannot be written to {root} ({_reason(error)}). The older ones there are whole; make room and "
             "start again with --resume."
         ) from error
-    ranks.wait()
     return final
 
 
@@ -206,8 +200,16 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _replace(aside: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; then remove all but the last ones up to it: later ones are of a course that was given up."""
+def _make_room(aside: Path) -> None:
+    """Sweep away what processes that were killed have left, and make the folder to write into."""
+    for left in aside.parent.glob(f".{PREFIX}*"):
+        shutil.rmtree(left)
+    aside.mkdir(parents=True)
+
+
+def _finish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Seal a checkpoint and give it its name; then remove all but the last ones up to it: later ones are of a course that was given up."""
+    _seal(aside, facts)
     if final.exists():
         _discard(final)
     aside.rename(final)
