@@ -69,7 +69,7 @@ class Stepper:
 
     def agree(self, managed: Iterable[Managed], *, show: bool = True) -> None:
         """Fit scales that span shards to the weights on all ranks, and show the weights whose scales have changed."""
-        for one in sharding.agree([(one, one.source) for one in managed]):
+        for one in sharding.agree([(one, one.source) for one in managed if one.groups]):
             if show and one.latent is not None:
                 self.show(one)
 
@@ -158,10 +158,10 @@ class Stepper:
             self.steps[optimizer] += 1
             opened = self._active[optimizer]
             moved = [(entry.one, entry.terms) for entry in opened if not entry.taken and self._regularizes(entry.one)]
-            sharding.agree([(one, one.weight) for one, _ in moved])
+            sharding.agree([(one, one.weight) for one, _ in moved if one.groups])
             for one, terms in moved:
                 self._regularize(one, terms)
-            sharding.agree([(one, one.weight) for one, *_ in opened if SCALE not in one.tensors])
+            sharding.agree([(one, one.weight) for one, *_ in opened if one.groups and SCALE not in one.tensors])
             for place, entry in enumerate(opened):
                 self._finish(entry.one, entry.terms, entry.taken)
                 entry.one.note()
@@ -216,7 +216,7 @@ class Stepper:
 
     def _agree_learned(self, opened: Sequence[Opened]) -> None:
         """Agree on scales that moved with the gradient; others move with the weights, after the step."""
-        sharding.agree([(one, one.weight) for one, *_ in opened if SCALE in one.tensors])
+        sharding.agree([(one, one.weight) for one, *_ in opened if one.groups and SCALE in one.tensors])
 
     def _shown(self, optimizer: Optimizer, closure: Callable[[], Any], terms: Terms) -> Callable[[], Any]:
         """Return the closure with deployed weights inside; what it leaves behind is a step that is open."""
