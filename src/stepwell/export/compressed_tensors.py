@@ -54,12 +54,13 @@ def compressed_tensors(
     taken, floats = linear_weights(model, encoded)
     if not taken:
         raise ValueError(f"`encoded` must hold a weight of a Linear layer for compressed-tensors: got {', '.join(list(encoded)[:4])}.")
-    grids = {module: _grid(encoded, name) for module, name in taken.items()}
+    found = {name: encoded[name].quantizer for name in encoded}  # once: what is asked for may be read from a disk
+    grids = {module: _checked(found[name], name) for module, name in taken.items()}
     computes = {_compute(grid) for grid in grids.values()}
     if len(computes) > 1:
         raise ValueError(f"`encoded` must be computed in one dtype, because a model is run in one: got {sorted(map(str, computes))}.")
     packed = {name: _maker(encoded, module, name) for module, name in taken.items()}
-    told = {METADATA: describe(encoded, floats), "format": "pt"}
+    told = {METADATA: describe(found, floats), "format": "pt"}
     write_folder(
         model,
         Path(folder),
@@ -72,9 +73,8 @@ def compressed_tensors(
     return Exported(Path(folder), dict.fromkeys(taken.values(), 1), floats)
 
 
-def _grid(encoded: Mapping[str, Encoded], name: str) -> Quantizer:
+def _checked(grid: Quantizer, name: str) -> Quantizer:
     """Return the grid of one weight, which a format holds; an error names the weight."""
-    grid = encoded[name].quantizer
     try:
         schemes.form(grid)
     except ValueError as error:

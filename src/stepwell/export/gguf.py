@@ -86,7 +86,7 @@ def gguf(
     places = gguf_names.names(config, list(known))
     kinds = {name: _choose(encoded, alias, ternary.upper()) for name, alias in aliases.items()}
     parts = {
-        places.files[name]: _blocks(encoded, aliases[name], kinds[name], places.heads.get(name, 0))
+        places.files[name]: _blocks(encoded, aliases[name], tuple(parameter.shape), kinds[name], places.heads.get(name, 0))
         if name in kinds
         else _floats(name, parameter, weights or {}, places.heads.get(name, 0), floats)
         for name, parameter in known.items()
@@ -114,9 +114,9 @@ def _choose(encoded: Mapping[str, Encoded], name: str, ternary: str) -> gguf_blo
         raise ValueError(f"`encoded` holds {name!r}, which cannot be exported. {error}") from error
 
 
-def _blocks(encoded: Mapping[str, Encoded], name: str, kind: gguf_blocks.Kind, heads: int) -> _Part:
+def _blocks(encoded: Mapping[str, Encoded], name: str, shape: tuple[int, ...], kind: gguf_blocks.Kind, heads: int) -> _Part:
     """Return an encoded matrix as a part."""
-    rows, columns = encoded[name].codes.shape
+    rows, columns = shape
 
     def make() -> NDArray[Any]:
         weight = encoded[name]

@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from stepwell.activations import refuse_rounded
 from stepwell.export.aside import new_folder
 from stepwell.export.deployed import owners
 from stepwell.export.trace import quiet, reason
-from stepwell.quantizers import Encoded, check_weight
+from stepwell.quantizers import Encoded, Quantizer, check_weight
 
 SHARD = 1 << 29  # bytes of weights per file: what is in memory beside the model while it is written
 METADATA = "stepwell"  # key of the export's own description in the weights' header
@@ -51,13 +51,13 @@ def check_model(model: nn.Module, target: str) -> None:
         )
 
 
-def linear_weights(model: nn.Module, encoded: Mapping[str, Encoded]) -> tuple[dict[str, str], dict[str, str]]:
+def linear_weights(model: nn.Module, encoded: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Sort encoded weights into those of Linear layers, module -> name, and the others, name -> why they stay values in float."""
     parameters, taken, floats = owners(model), {}, {}
     for name in encoded:
         users = [(path, module) for path, module in _users(model, parameters[name])]
         odd = next((type(module).__name__ for _, module in users if type(module) is not nn.Linear), None)
-        if odd is not None or encoded[name].codes.ndim != 2:
+        if odd is not None or parameters[name].ndim != 2:
             floats[name] = f"weight of {odd or 'a Linear'}: only those of plain Linear layers are held in codes"
         else:
             taken[users[0][0]] = name
@@ -159,9 +159,9 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def describe(encoded: Mapping[str, Encoded], floats: Mapping[str, str]) -> str:
+def describe(grids: Mapping[str, Quantizer], floats: Mapping[str, str]) -> str:
     """Return what the header says of the weights: grids by name, and why some are float."""
-    return json.dumps({"version": 1, "grids": {name: str(encoded[name].quantizer) for name in encoded}, "floats": dict(floats)})
+    return json.dumps({"version": 1, "grids": {name: str(grid) for name, grid in grids.items()}, "floats": dict(floats)})
 
 
 def read_floats(folder: Path) -> dict[str, str]:

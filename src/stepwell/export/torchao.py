@@ -53,12 +53,13 @@ def torchao(
     taken, floats = linear_weights(model, encoded)
     if not taken:
         raise ValueError(f"`encoded` must hold a weight of a Linear layer for torchao: got {', '.join(list(encoded)[:4])}.")
-    grids = {module: _grid(encoded, name) for module, name in taken.items()}
+    found = {name: encoded[name].quantizer for name in encoded}  # once: what is asked for may be read from a disk
+    grids = {module: _checked(found[name], name) for module, name in taken.items()}
     computes = {grid.compute for grid in grids.values()}
     if len(computes) > 1:
         raise ValueError(f"`encoded` must be computed in one dtype, because a model is run in one: got {sorted(map(str, computes))}.")
     packed = {name: _maker(encoded, module, name) for module, name in taken.items()}
-    told = {METADATA: describe(encoded, floats), "format": "pt", **_metadata(model, encoded, taken)}
+    told = {METADATA: describe(found, floats), "format": "pt", **_metadata(model, encoded, taken)}
     write_folder(
         model,
         Path(folder),
@@ -71,13 +72,13 @@ def torchao(
     return Exported(Path(folder), dict.fromkeys(taken.values(), 1), floats)
 
 
-def _grid(encoded: Mapping[str, Encoded], name: str) -> Quantizer:
+def _checked(grid: Quantizer, name: str) -> Quantizer:
     """Return the grid of one weight, which torchao holds; an error names the weight."""
     try:
-        check_grid(encoded[name].quantizer)
+        check_grid(grid)
     except ValueError as error:
         raise ValueError(f"`encoded` holds {name!r}, which cannot be exported. {error}") from error
-    return encoded[name].quantizer
+    return grid
 
 
 def _maker(encoded: Mapping[str, Encoded], module: str, name: str) -> Make:
