@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from stepwell.advice.measure import BatchLoss
 from stepwell.explain.language import from_folder, model_alone, next_token_loss
 from stepwell.explain.sources import FORM, Subject, attempted, from_function
+from stepwell.export.extras import need
+from stepwell.export.trace import quiet
 from stepwell.ship.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, refuse_pickle
 
 MOST_MEASURING = 8  # batches
@@ -118,15 +120,14 @@ def meta_model(folder: Path) -> nn.Module:
         ModuleNotFoundError: transformers is not installed.
         ValueError: an architecture that transformers does not know as a causal language model.
     """
-    from stepwell.export.extras import need
-
     need("transformers", extra="hf")
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with quiet():
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            with torch.device("meta"):
+                made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the config meets
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"`model`: {folder} is of no architecture that transformers knows: {type(error).__name__}: {said}") from error
