@@ -5,7 +5,6 @@ is not what a network does: the joint loss of a solution must be measured.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from stepwell.quantizers import Quantizer
 from stepwell.scales import TORCH_DTYPES
 
 Array = NDArray[np.float64]
+Picks = tuple[int, ...]  # the grid of every layer, by its place in a list
 
 
 def stored_bits(grid: Quantizer, shape: tuple[int, ...]) -> float:
@@ -32,7 +32,7 @@ def stored_bits(grid: Quantizer, shape: tuple[int, ...]) -> float:
     return grid.format.bits + (width + zero) * scales / math.prod(shape)
 
 
-def fewest_bits(increases: Array, bits: Array, aim: float) -> tuple[int, ...] | None:
+def fewest_bits(increases: Array, bits: Array, aim: float) -> Picks | None:
     """Return the grid of every layer with the fewest bits in all whose increases add up to at most an aim; None where there is none.
 
     Args:
@@ -46,7 +46,7 @@ def fewest_bits(increases: Array, bits: Array, aim: float) -> tuple[int, ...] | 
     return _solved(bits, increases, aim)
 
 
-def least_increase(increases: Array, bits: Array, budget: float) -> tuple[int, ...] | None:
+def least_increase(increases: Array, bits: Array, budget: float) -> Picks | None:
     """Return the grid of every layer with the smallest sum of increases whose bits add up to at most a budget; None where there is none.
 
     >>> least_increase(np.array([[0.3, 0.1], [0.05, 0.0]]), np.array([[2.0, 4.0], [2.0, 4.0]]), 6.0)
@@ -55,12 +55,12 @@ def least_increase(increases: Array, bits: Array, budget: float) -> tuple[int, .
     return _solved(increases, bits, budget)
 
 
-def total(table: Array, picks: Sequence[int]) -> float:
+def total(table: Array, picks: Picks) -> float:
     """Return the sum over layers of a table's values at the picked grids."""
     return float(sum(row[pick] for row, pick in zip(table, picks, strict=True)))
 
 
-def _solved(objective: Array, limited: Array, limit: float) -> tuple[int, ...] | None:
+def _solved(objective: Array, limited: Array, limit: float) -> Picks | None:
     """Minimise one sum under a limit on the other; both are scaled, because the solver's tolerances are absolute."""
     layers, grids = objective.shape
     barred = ~(np.isfinite(objective) & np.isfinite(limited))
