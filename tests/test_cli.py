@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from stepwell import cli
 from stepwell.commands.formats import ruler
 from stepwell.presets import int4, nvfp4
+from stepwell.runtimes import targets
 from stepwell.storage import save
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,16 @@ def test_formats_have_torch_s_limits(run):
         limits = 2 ** (bits - 1) - 1
         assert (rows[f"int{bits}", "symmetric"]["lowest"], rows[f"int{bits}", "full"]["lowest"]) == (-limits, -limits - 1)
         assert rows[f"int{bits}", "affine"]["highest"] == 2**bits - 1
+
+
+def test_targets_are_listed_with_their_grids(run):
+    code, out, _ = run("formats", "--targets", "--json")
+    rows = {row["target"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows.keys() == {target.name for target in targets()}
+    assert rows["gguf:q4_0"]["grid"] == "int4/full block 32, absmax fp16 scales"
+    assert rows["compressed-tensors:fp8"]["blocks"] == "channel, tensor"
+    assert "onnx:matmulnbits" in run("formats", "--targets")[1]
 
 
 def test_formats_table_draws_every_grid(run):

@@ -1,6 +1,9 @@
-"""`stepwell formats`: every grid of element values, with its range and a drawing."""
+"""`stepwell formats`: every grid of element values, with its range and a drawing; or the grids of the runtimes."""
 
 from itertools import pairwise
+from typing import Annotated
+
+import typer
 
 from stepwell.commands.output import Json, console, print_json, print_table
 
@@ -8,8 +11,13 @@ RULER = 43  # characters at most: 42 gaps, which the grids of 3, 7, 8 and 15 val
 OTHER_COLUMNS = 71
 
 
-def formats(*, json: Json = False) -> None:
+def formats(
+    *, targets: Annotated[bool, typer.Option("--targets", help="List what runtimes hold instead.")] = False, json: Json = False
+) -> None:
     """List the element formats: bits, values, range, smallest step, and the grid drawn to scale."""
+    if targets:
+        list_targets(json=json)
+        return
     from stepwell.formats import formats as known
 
     width = max(9, min(RULER, console().width - OTHER_COLUMNS))
@@ -31,6 +39,28 @@ def formats(*, json: Json = False) -> None:
     else:
         print_table(
             rows, title="Element formats, in units of the scale", note="step: the smallest; grid: drawn to scale, | one value, # several"
+        )
+
+
+def list_targets(*, json: bool) -> None:
+    """List the grids of runtimes: what `sw.target` takes, its default grid, and what else the runtime holds."""
+    from stepwell.runtimes import targets
+
+    rows: list[dict[str, object]] = [
+        {
+            "target": target.name,
+            "grid": str(target.quantizer),
+            "bits": ", ".join(map(str, target.bits)),
+            "blocks": ", ".join("tensor" if block is None else str(block) for block in target.blocks),
+            "note": target.note,
+        }
+        for target in targets()
+    ]
+    if json:
+        print_json(rows)
+    else:
+        print_table(
+            rows, title="Grids of runtimes, for sw.target(..) and stepwell quantize --target", note="The first block is the default."
         )
 
 
