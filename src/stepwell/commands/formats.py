@@ -52,7 +52,7 @@ def list_targets(*, json: bool) -> None:
             "grid": str(target.quantizer),
             "bits": ", ".join(map(str, target.bits)),
             "blocks": ", ".join("tensor" if block is None else str(block) for block in target.blocks),
-            "note": target.note,
+            **({"note": target.note} if json else {}),
         }
         for target in targets()
     ]
@@ -60,7 +60,9 @@ def list_targets(*, json: bool) -> None:
         print_json(rows)
     else:
         print_table(
-            rows, title="Grids of runtimes, for sw.target(..) and stepwell quantize --target", note="The first block is the default."
+            rows,
+            title="Grids of runtimes, for sw.target(..) and stepwell quantize --target",
+            note="The first block is the default; --json says more.",
         )
 
 
