@@ -326,8 +326,8 @@ def test_an_earlier_export_is_replaced_whole_or_not_at_all(family, tmp_path, mon
 
 
 @pytest.mark.parametrize("family", EXPORTS)
-def test_vllm_reads_the_same_schema(family, tmp_path):
-    """The config must hold what the library's own classes accept; and no pickle lies in the folder."""
+def test_config_is_what_the_library_s_own_classes_accept(family, tmp_path):
+    """vLLM parses compressed-tensors' config with the same classes; and no pickle lies in the folder."""
     model = language_model("llama")
     _, exported = shipped(model, sw.target(family), tmp_path / "out", EXPORTS[family])
     told = json.loads((exported.path / "config.json").read_text())["quantization_config"]
