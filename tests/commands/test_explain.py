@@ -372,10 +372,13 @@ def test_files_appear_whole_and_readable_for_others(tmp_path):
 
 
 def test_a_folder_is_tried_without_being_made(tmp_path):
-    check_folder(tmp_path / "a" / "b")
+    check_folder(tmp_path / "a" / "b", ["explain.html"])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="`out`: cannot write into the folder /dev/null/x"):
         check_folder(Path("/dev/null/x"))
+    (tmp_path / "explain.html").mkdir()
+    with pytest.raises(ValueError, match=r"explain\.html is a folder, where a file must go"):
+        check_folder(tmp_path, ["explain.json", "explain.html"])
 
 
 def test_words_become_grids():

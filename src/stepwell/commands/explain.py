@@ -54,7 +54,7 @@ def explain(
     if batches < 3:
         raise ValueError(f"`batches` must be at least 3: got {batches}. One of them calibrates, the others measure.")
     grids = [(scheme, width) for scheme in parse_schemes(schemes) for width in parse_bits(bits)]
-    check_folder(out)
+    check_folder(out, (PAGE_FILE, RESULTS_FILE))
     from stepwell.commands.explain_page import page
     from stepwell.commands.explain_tables import cost, summaries
     from stepwell.explain import FULL, NORMAL, QUICK

@@ -1,17 +1,20 @@
 """Files that a command writes: the place is tried before work begins, and several files appear together or not at all."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a folder that nothing can be written into, without making it.
+def check_folder(out: Path, names: Iterable[str] = ()) -> None:
+    """Refuse a folder that files of some names cannot be written into, without making it.
 
     Raises:
-        ValueError: it is a file, or it cannot be made, or nothing can be written into it.
+        ValueError: it is a file, or it cannot be made, or nothing can be written into it, or a folder has the name of one of the files.
     """
+    for name in names:
+        if (out / name).is_dir():
+            raise ValueError(f"`out`: {out / name} is a folder, where a file must go. Move it away, or give another place with --out.")
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     try:
         with TemporaryFile(dir=place):

@@ -103,7 +103,8 @@ def uses(model: nn.Module, modules: Mapping[str, list[nn.Module]], batches: Sequ
         shown = ", ".join(map(repr, missing[:5])) + (" and others" if len(missing) > 5 else "")
         raise ValueError(
             f"`batches` never reach {shown}: got {len(batches)} batches, "
-            f"which call {len(most)} of {len(modules)} layers. Calibrate with data that uses them, or leave them out with `skip=[...]`."
+            f"which call {len(most)} of {len(modules)} layers. Calibrate with data that uses them, or leave them out with `skip=[...]`, as "
+            "must be done where the model multiplies with `layer.weight` itself and never calls the layer."
         )
     once = {name for name, number in most.items() if number == 1}
     return {name: Use(modules[name], number, twins[name] if {name, twins[name]} <= once else None) for name, number in most.items()}
