@@ -3,11 +3,13 @@
 import copy
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from torch import nn
 
 import stepwell as sw
+from stepwell.export.onnx_write import write
 
 from .test_qdq import error, run
 
@@ -123,30 +125,36 @@ def test_a_convolutional_network_with_batch_norm_keeps_its_codes(tmp_path, bits)
 
 
 def test_what_exceeds_one_file_goes_into_two(tmp_path, monkeypatch):
-    monkeypatch.setattr("stepwell.export.onnx_write.LARGEST", 4096)  # bytes in place of two gigabytes
     torch.manual_seed(0)
-    model, x, path = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)), torch.randn(2, 64), tmp_path / "m.onnx"
+    model, x, path = nn.Sequential(nn.Linear(64, 256)), torch.randn(2, 64), tmp_path / "m.onnx"
     encoded = sw.ptq.rtn(model, sw.int4())
+    monkeypatch.setattr("stepwell.export.onnx_write.LARGEST", 4096)  # bytes in place of two gigabytes
     sw.export.onnx(model, encoded, (x,), path)
     [data] = tmp_path.glob("m.onnx.*.data")
-    assert path.stat().st_size < 8192 < data.stat().st_size
+    assert path.stat().st_size < 8192 <= data.stat().st_size  # codes and scales lie in the second
     assert error(path, model, encoded, x) < 1e-6
     first = sw.verify(path, model, (x,), encoded)
     assert first.passed
+    content = data.read_bytes()
+    data.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    tampered = sw.verify(path, model, (x,), encoded)
+    assert not tampered.passed
+    assert tampered.sha256 != first.sha256  # the sum is of both files
+    data.write_bytes(content)
     theirs = tmp_path / "m.onnx.notes.data"
-    theirs.write_bytes(b"not ours")
-    again = sw.ptq.rtn(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)), sw.int4())
-    sw.export.onnx(model, again, (x,), path)
-    assert not data.exists()
-    assert len(list(tmp_path.glob("m.onnx.*.data"))) == 2  # the new one, and a file of somebody else
-    second = sw.verify(path, model, (x,), again)
-    assert second.passed
-    assert second.sha256 != first.sha256
+    theirs.write_bytes(b"of somebody else")
+    graph = onnx_ir.load(str(path))
     before = {part: part.read_bytes() for part in tmp_path.iterdir()}
-    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        sw.export.onnx(model, encoded, (x,), path)
+    with monkeypatch.context() as broken:
+        broken.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            write(graph, path)
     assert {part: part.read_bytes() for part in tmp_path.iterdir()} == before
+    write(graph, path)
+    assert not data.exists()
+    assert len(list(tmp_path.glob("m.onnx.*.data"))) == 2  # the new one, and that of somebody else
+    assert error(path, model, encoded, x) < 1e-6
     monkeypatch.undo()
     sw.export.onnx(model, encoded, (x,), path)  # small again: one file, and the data file is gone
     assert sorted(part.name for part in tmp_path.iterdir()) == ["m.onnx", "m.onnx.notes.data"]
+    assert error(path, model, encoded, x) < 1e-6

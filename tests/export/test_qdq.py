@@ -53,7 +53,8 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("name", [name if "3 bits" in name else pytest.param(name, marks=pytest.mark.slow) for name in GRIDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRIDS)
 def test_convolutions_of_every_kind_are_computed_from_their_codes(tmp_path, name):
     torch.manual_seed(0)
     model, example = Convolutions(), (torch.randn(2, 3, 8, 8),)
@@ -145,7 +146,38 @@ class Packed(nn.Module):
         return nn.functional.linear(h, one, self.rows.bias[:32]) + nn.functional.linear(h, two) + h @ three.t()
 
 
-@pytest.mark.parametrize("form", [sw.export.onnx, pytest.param(sw.export.onnx_qdq, marks=pytest.mark.slow)])
+class Rows(nn.Module):
+    """One weight of which rows are used apart: in equal chunks, in unequal ones, and as slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Linear(32, 48).weight
+
+    def forward(self, x):
+        one, two, three = self.weight.chunk(3)
+        parts = [*self.weight.split([16, 32]), self.weight[16:32], self.weight[32:]]
+        return sum(nn.functional.linear(x, part).sum(-1, keepdim=True) for part in parts) + (x @ one.t()) * (x @ two.t()) * (x @ three.t())
+
+
+@pytest.mark.parametrize("form", [sw.export.onnx, sw.export.onnx_qdq])
+def test_rows_of_a_weight_are_cut_with_their_codes(tmp_path, form):
+    torch.manual_seed(0)
+    model, x = Rows(), torch.randn(3, 32)
+    encoded = {"weight": sw.int4(block=16, levels="affine").encode(model.weight.detach())}
+    exported = form(model, encoded, (x,), tmp_path / "m.onnx")
+    assert exported.floats == {}
+    assert error(tmp_path / "m.onnx", model, encoded, torch.randn(5, 32)) < 1e-6
+    certificate = sw.verify(tmp_path / "m.onnx", model, (x,), encoded)
+    assert certificate.passed
+    assert certificate.codes_equal
+    assert certificate.layers[0].nodes == exported.products["weight"] >= 4
+    wrong = {"weight": encoded["weight"]._replace(codes=encoded["weight"].codes.roll(1, 0))}
+    [layer] = sw.verify(tmp_path / "m.onnx", model, (x,), wrong).layers
+    assert (layer.codes_equal, layer.scales_equal) == (False, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [sw.export.onnx, sw.export.onnx_qdq])
 def test_packed_projections_are_cut_into_products_of_their_own(tmp_path, form):
     torch.manual_seed(0)
     model, example = Packed(), (torch.randn(1, 5, 32), torch.randn(1, 7, 32))
@@ -162,11 +194,6 @@ def test_packed_projections_are_cut_into_products_of_their_own(tmp_path, form):
     certificate = sw.verify(tmp_path / "m.onnx", model, inputs, encoded)
     assert certificate.passed
     assert certificate.codes_equal
-    wrong = encoded | {
-        "three.in_proj_weight": encoded["three.in_proj_weight"]._replace(codes=encoded["three.in_proj_weight"].codes.roll(1, 0))
-    }
-    layer = {layer.name: layer for layer in sw.verify(tmp_path / "m.onnx", model, inputs, wrong).layers}["three.in_proj_weight"]
-    assert (layer.codes_equal, layer.scales_equal) == (False, True)
 
 
 HELD = [

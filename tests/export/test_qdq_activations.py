@@ -22,7 +22,8 @@ def built(kind: str, grid) -> tuple[nn.Module, dict[str, sw.Encoded]]:
     return model, sw.ptq.rtn(model, grid)
 
 
-@pytest.mark.parametrize(("bits", "block"), [(8, "channel"), (4, 32), pytest.param(8, 32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "block"), [(8, "channel"), (4, 32), (8, 32)])
 def test_static_activations_become_pairs_of_operators(tmp_path, bits, block):
     model, encoded = built("static", sw.intn(bits, block=block))
     exported = sw.export.onnx_qdq(model, encoded, (X,), tmp_path / "m.onnx")
@@ -71,6 +72,7 @@ def test_dynamic_activations_are_exported_as_arithmetic(tmp_path):
     assert np.abs(run(tmp_path / "m.onnx", X) - reference.numpy()).max() <= certificate.tolerance * reference.abs().max().item()
 
 
+@pytest.mark.slow
 def test_attention_keeps_its_ranges(tmp_path):
     torch.manual_seed(0)
     model, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 6, 32)
