@@ -11,7 +11,7 @@ docs/methods.md; `--tables` runs nothing. `--sweep` takes a method over a fourfo
 estimators_rates.csv; `--wide` measures its reported runs on 4096 test sequences instead of 512 (estimators_wide.csv).
 
 Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies unfoldNd`.
-About an hour and a half of one core.
+About three quarters of an hour of one core.
 """
 
 import argparse
