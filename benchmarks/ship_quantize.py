@@ -2,7 +2,7 @@
 
     python benchmarks/ship_quantize.py [--only size|speed] [--rounds 7] [--out benchmarks/results/ship_quantize.json]
 
-Sizes: random Llamas, in bfloat16 and shards, are quantized in a process of their own each: streamed (RTN, no data) to three targets, and
+Sizes: random Llamas, in bfloat16 and shards, are quantized in a process of their own: streamed (RTN, no data) to three targets, and
 with the model in memory by RTN and GPTQ, up to the codes (the model is float32 there). Memory is how far the process grew at most over its
 size with all libraries loaded; what of a file is mapped counts while it is mapped. "Layer" is measured alike: the most that any one of
 the model's layers takes alone, an input for GPTQ included. The bound for a model in memory is its size in float32 and that.
@@ -14,6 +14,8 @@ rounds, processor time of one thread.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -35,9 +37,9 @@ import stepwell as sw
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
-    "20M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "vocab_size": 4096},
-    "60M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 4096},
-    "150M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 11, "vocab_size": 4096},
+    "7M": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 4, "vocab_size": 4096},
+    "22M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "vocab_size": 4096},
+    "63M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 4096},
 }
 STREAMED = ("safetensors", "compressed-tensors:int4", "gguf:q4_0")
 RUNS = (*STREAMED, "in memory, rtn", "in memory, gptq", "layer, rtn", "layer, gptq")
@@ -69,6 +71,9 @@ def one(folder: Path, run: str) -> dict[str, Any]:
     model = meta_model(folder)  # what it imports
     checkpoint = folder_of(str(folder))
     assert checkpoint is not None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     with tempfile.TemporaryDirectory() as place:
         before, began = resident("VmRSS"), time.process_time()
         if run in STREAMED:
@@ -141,18 +146,14 @@ def sizes(rows: list[dict[str, Any]], keep: Callable[[], None]) -> None:
                 continue
             folder = Path(place) / size
             make(folder, size)
-            for run in RUNS:
-                if (size, run) in {(row["size"], row["run"]) for row in rows}:
-                    continue
-                command = [sys.executable, __file__, "--one", run, "--folder", str(folder)]
-                # glibc otherwise raises its own limit for mapped memory, and what is freed below it stays resident
-                environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-                done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-2000:])
-                rows.append({"size": size, **json.loads(done.stdout.splitlines()[-1])})
-                print({key: rows[-1][key] for key in ("size", "run", "seconds", "peak_bytes")}, flush=True)
-                keep()
+            # glibc otherwise raises its own limit for mapped memory, and what is freed below it stays resident
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+            command = [sys.executable, __file__, "--folder", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+            rows += [{"size": size, **json.loads(line)} for line in done.stdout.splitlines() if line.startswith("{")]
+            keep()
 
 
 def quantizers(weight: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -245,11 +246,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("size", "speed"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ship_quantize.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(one(arguments.folder, arguments.one)))
+    if arguments.folder:
+        for run in ("safetensors", "layer, gptq"):
+            one(arguments.folder, run)  # first calls load libraries
+        for run in RUNS:
+            print(json.dumps(one(arguments.folder, run)), flush=True)
         return
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"sizes": []}
 
