@@ -21,7 +21,7 @@ def tree() -> str:
         if folder != package:
             lines.append(f"  {folder.name + '/':<{WIDTH}}{_first(folder / '__init__.py')}".rstrip())
         modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-        lines += [f"{depth}{path.name:<{WIDTH}}{_first(path)}" for path in modules]
+        lines += [f"{depth}{path.name + ' ':<{WIDTH}}{_first(path)}" for path in modules]
     return "\n".join([*lines, "```"])
 
 
