@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepwell.activations import without_rounding
 from stepwell.export import nbits, onnx_file, qdq
 from stepwell.export.certificate import Cause
-from stepwell.export.onnx_layers import BIAS, INT8, STATIC, Kernel, kernels, save
+from stepwell.export.onnx_layers import BIAS, DYNAMIC, INT8, STATIC, Kernel, kernels, per_token_source, save
 from stepwell.export.outputs import Compared, compare
 from stepwell.quantizers import Encoded
 
@@ -72,7 +72,7 @@ def explain(subject: Subject, error: float) -> Explanation:
             after = worst(subject.compare(onnx_file.load(_exact(path, Path(folder)))))
         name, what = _words(found, "which the file asks for (accuracy level 4)", "accuracy level 1 in a copy of the file")
         causes.append(Cause(name, what, error, after))
-    rounded = [kernel for kernel in found.values() if kernel.kind.startswith(STATIC)]
+    rounded = [kernel for kernel in found.values() if kernel.kind.startswith((STATIC, DYNAMIC))]
     if not rounded:
         return Explanation(causes, found, None)
     integer = sum(kernel.kind.endswith(BIAS) for kernel in rounded)
@@ -118,7 +118,7 @@ def _exact(path: Path, folder: Path) -> Path:
 
 
 def _bare(path: Path, folder: Path) -> Path:
-    """Return a copy of a file in which activations are not rounded: what reads DequantizeLinear of QuantizeLinear reads what went in."""
+    """Return a copy of a file in which activations are not rounded: what reads their grid values reads what went in."""
     import onnx
 
     model = onnx.load(str(path))
@@ -127,5 +127,5 @@ def _bare(path: Path, folder: Path) -> Path:
     before = {name: node.input[0] for name, node in inner.items() if node is not None and node.op_type == "QuantizeLinear"}
     for node in model.graph.node:
         for place, name in enumerate(node.input):
-            node.input[place] = before.get(name, name)
+            node.input[place] = before.get(name) or per_token_source(name, makers) or name
     return save(model, folder / "bare.onnx")

@@ -19,6 +19,7 @@ from stepwell.export import nbits, onnx_file, qdq
 
 PLAIN = "float32"
 INT8, STATIC = "int8 activations", "activations that the file rounds to"  # how other kinds begin
+DYNAMIC = "activations that the file rounds to int8 per token"
 BIAS = " and a bias that onnxruntime rounds to int32"
 THROUGH = ("Transpose", "Reshape", "Identity")  # between DequantizeLinear and what reads the weight
 PRODUCTS = (nbits.OPERATOR, "MatMul", "Gemm", "Conv")
@@ -41,7 +42,7 @@ class Kernel(NamedTuple):
 class _Tap(NamedTuple):
     """One product: the node that holds the weight, the operator, and the values before and after it.
 
-    The range of its activations as the file rounds them, and whether that happens between the two values.
+    The range of its activations as the file rounds them, and whether they are rounded between the two values: per token without a range.
     """
 
     holder: str
@@ -104,13 +105,24 @@ def _taps(graph: Any, holders: set[str], tensors: Mapping[str, Any]) -> Iterator
                 source = makers[source].input[0]
             maker = makers.get(source)
             before = makers.get(maker.input[0]) if maker is not None and maker.op_type == qdq.OPERATOR else None
-            plain, result = operator.input[0], operator.output[0]
+            plain, result, token = operator.input[0], operator.output[0], per_token_source(operator.input[0], makers)
             if before is None or before.op_type != "QuantizeLinear" or len(before.input) < 3 or not set(before.input[1:]) <= set(tensors):
-                yield _Tap(holder.name, operator, plain, result, None, False)
+                yield _Tap(holder.name, operator, token or plain, result, None, token is not None)
             else:
                 scale, zero = (_array(tensors[name]) for name in before.input[1:3])
                 inside = source == plain
                 yield _Tap(holder.name, operator, before.input[0] if inside else plain, result, (scale, zero), inside)
+
+
+def per_token_source(name: str, makers: Mapping[str, Any]) -> str | None:
+    """Return what a value is where it is rounded per token, `round(x / scale) * scale` as traced; None where it is not."""
+    maker = makers.get(name)
+    for part in maker.input if maker is not None and maker.op_type == "Mul" else ():
+        rounding = makers.get(part)
+        division = makers.get(rounding.input[0]) if rounding is not None and rounding.op_type == "Round" else None
+        if division is not None and division.op_type == "Div":
+            return str(division.input[0])
+    return None
 
 
 def _readers(node: Any, readers: Mapping[str, Sequence[Any]]) -> Iterator[Any]:
@@ -161,6 +173,8 @@ def _nearest(tap: _Tap, weight: NDArray[np.float64], values: Mapping[str, NDArra
         scale, zero = tap.grid
         rounded, kind = static(inputs, scale, zero) if tap.inside else inputs, f"{STATIC} {zero.dtype}"
         range = Range(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]) + LOW - np.iinfo(zero.dtype).min) if scale.size == 1 else None
+    elif tap.inside:
+        rounded, kind = per_token(inputs, tuple(range(1, inputs.ndim)) if tap.operator.op_type == "Conv" else (-1,)), DYNAMIC
     trials = [(kind, rounded)]
     if ran.block is not None:
         trials.append((f"{INT8} per block of {ran.block}", per_block(rounded, ran.block)))
@@ -198,6 +212,12 @@ def per_block(inputs: NDArray[np.float32], block: int) -> NDArray[np.float64]:
     factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)  # the kernel multiplies by the inverse
     codes = np.rint(filled * factor).astype(np.float64)
     return (codes * (largest / np.float32(127))).reshape(*inputs.shape[:-1], -1)[..., :width]
+
+
+def per_token(inputs: NDArray[np.float32], axes: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return activations on a symmetric 8-bit grid of their token, in float32 throughout."""
+    scale = np.abs(inputs).max(axis=axes, keepdims=True) / np.float32(127)
+    return np.asarray(np.rint(inputs / np.where(scale > 0, scale, np.float32(1))) * scale, np.float32)
 
 
 def static(inputs: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[Any]) -> NDArray[np.float64]:
