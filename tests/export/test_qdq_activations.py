@@ -93,6 +93,18 @@ def test_attention_keeps_its_ranges(tmp_path):
     assert all(kernel.startswith("activations that the file rounds to uint8") for kernel in kernels.values())
 
 
+def test_dynamic_activations_of_a_convolution_are_modelled_per_image(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)), torch.randn(3, 3, 6, 6)
+    sw.quantize_activations(model)
+    encoded = sw.ptq.rtn(model, sw.int8(block="channel"))
+    sw.export.onnx_qdq(model, encoded, (x,), tmp_path / "m.onnx")
+    certificate = sw.verify(tmp_path / "m.onnx", model, (x,), encoded)
+    assert certificate.passed
+    assert [layer.kernel for layer in certificate.layers] == ["activations that the file rounds to int8 per token"] * 2
+    assert max(layer.modelled for layer in certificate.layers) < 1e-5
+
+
 def test_a_wrong_scale_of_activations_does_not_pass(tmp_path):
     model, encoded = built("static", sw.int8(block="channel"))
     sw.export.onnx_qdq(model, encoded, (X,), tmp_path / "m.onnx")

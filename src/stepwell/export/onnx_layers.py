@@ -168,11 +168,11 @@ def _array(tensor: Any) -> NDArray[Any]:
 def _nearest(tap: _Tap, weight: NDArray[np.float64], values: Mapping[str, NDArray[Any]], ran: _Ran) -> Kernel:
     """Return the model of a product that is nearest to what came out of it."""
     inputs, result = values[tap.source], values[tap.result].astype(np.float64)
-    rounded, kind, range = inputs, PLAIN, None
+    rounded, kind, limits = inputs, PLAIN, None
     if tap.grid is not None:
         scale, zero = tap.grid
         rounded, kind = static(inputs, scale, zero) if tap.inside else inputs, f"{STATIC} {zero.dtype}"
-        range = Range(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]) + LOW - np.iinfo(zero.dtype).min) if scale.size == 1 else None
+        limits = Range(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]) + LOW - np.iinfo(zero.dtype).min) if scale.size == 1 else None
     elif tap.inside:
         rounded, kind = per_token(inputs, tuple(range(1, inputs.ndim)) if tap.operator.op_type == "Conv" else (-1,)), DYNAMIC
     trials = [(kind, rounded)]
@@ -183,7 +183,7 @@ def _nearest(tap: _Tap, weight: NDArray[np.float64], values: Mapping[str, NDArra
         modelled = _compute(tap.operator, activations.astype(np.float64), weight, ran.bias)
         largest = np.abs(modelled).max(initial=0.0)
         difference = float(np.abs(modelled - result).max(initial=0.0))
-        found.append(Kernel(kind + (BIAS if ran.rounded_bias else ""), float(difference / largest) if largest else difference, range))
+        found.append(Kernel(kind + (BIAS if ran.rounded_bias else ""), float(difference / largest) if largest else difference, limits))
     return min(found, key=lambda kernel: kernel.error)
 
 
