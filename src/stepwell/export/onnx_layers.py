@@ -191,7 +191,7 @@ def _compute(operator: Any, inputs: NDArray[np.float64], weight: NDArray[np.floa
     """Return a product in float64; the weight is rows of outputs."""
     if operator.op_type != "Conv":
         return inputs @ weight.T + (0.0 if bias is None else bias.astype(np.float64))
-    field = {attribute.name: list(attribute.ints) or attribute.i for attribute in operator.attribute}
+    field: dict[str, Any] = {attribute.name: list(attribute.ints) or attribute.i for attribute in operator.attribute}
     dimensions, group = inputs.ndim - 2, int(field.get("group", 1))
     sizes = field["kernel_shape"]
     pads = field.get("pads", [0] * 2 * dimensions)
@@ -211,7 +211,7 @@ def per_block(inputs: NDArray[np.float32], block: int) -> NDArray[np.float64]:
     largest = np.abs(filled).max(axis=-1, keepdims=True)
     factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)  # the kernel multiplies by the inverse
     codes = np.rint(filled * factor).astype(np.float64)
-    return (codes * (largest / np.float32(127))).reshape(*inputs.shape[:-1], -1)[..., :width]
+    return np.asarray((codes * (largest / np.float32(127))).reshape(*inputs.shape[:-1], -1)[..., :width], np.float64)
 
 
 def per_token(inputs: NDArray[np.float32], axes: tuple[int, ...]) -> NDArray[np.float32]:
