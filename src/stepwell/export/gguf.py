@@ -70,10 +70,7 @@ def gguf(
     import gguf as library
 
     path = Path(path)
-    if floats not in ("f32", "f16"):
-        raise ValueError(f"`floats` must be 'f32' or 'f16': got {floats!r}.")
-    if ternary not in ("tq1_0", "tq2_0"):
-        raise ValueError(f"`ternary` must be 'tq1_0' or 'tq2_0': got {ternary!r}.")
+    _check_choices(floats, ternary)
     check_encoded(model, encoded)
     refuse_rounded(model, "GGUF")
     if not encoded:
@@ -104,6 +101,14 @@ def gguf(
         finally:
             writer.close()
     return Exported(path, dict.fromkeys(encoded, 1), {})
+
+
+def _check_choices(floats: str, ternary: str) -> None:
+    """Refuse a dtype or a block type that is not offered."""
+    if floats not in ("f32", "f16"):
+        raise ValueError(f"`floats` must be 'f32' or 'f16': got {floats!r}.")
+    if ternary not in ("tq1_0", "tq2_0"):
+        raise ValueError(f"`ternary` must be 'tq1_0' or 'tq2_0': got {ternary!r}.")
 
 
 def _choose(encoded: Mapping[str, Encoded], name: str, ternary: str) -> gguf_blocks.Kind:
