@@ -187,3 +187,13 @@ def test_a_draft_that_is_streamed_into_a_full_disk_leaves_nothing(folder, tmp_pa
     assert list(tmp_path.iterdir()) == []
     with draft(tmp_path / "out") as path:
         (path / "x").write_text("the place is free")
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+def test_ternary_weights_take_the_block_type_that_was_asked_for(tmp_path, kind):
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path / "wide"
+    llama(folder, hidden=256, feed=256, layers=1)
+    streamed(folder, tmp_path / "out", target=f"gguf:{kind.lower()}")
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert found["blk.0.ffn_up.weight"] == kind

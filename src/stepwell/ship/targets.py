@@ -4,8 +4,10 @@ The grids that a target holds are in `stepwell.runtimes`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -97,8 +99,8 @@ def _with_tokenizer(source: Source, path: Path, written: Written) -> Written:
     return written
 
 
-def _gguf(source: Source, encoded: Weights, path: Path) -> Written:
-    """Write a GGUF file, with the tokenizer where llama.cpp knows it."""
+def _gguf(source: Source, encoded: Weights, path: Path, *, ternary: Literal["tq1_0", "tq2_0"] = "tq2_0") -> Written:
+    """Write a GGUF file, with the tokenizer where llama.cpp knows it; ternary weights as blocks of that type."""
     from stepwell.export.gguf import gguf
     from stepwell.export.gguf_tokenizer import read_tokenizer
 
@@ -110,7 +112,8 @@ def _gguf(source: Source, encoded: Weights, path: Path) -> Written:
         read_tokenizer(folder)
     except ValueError as error:
         folder, notes = None, (f"The file has no vocabulary and runs on token ids: {error}",)
-    return Written(gguf(source.model, encoded, path, tokenizer=folder, weights=source.weights).floats, notes)
+    exported = gguf(source.model, encoded, path, tokenizer=folder, ternary=ternary, weights=source.weights)
+    return Written(exported.floats, notes)
 
 
 def _safetensors(source: Source, encoded: Weights, path: Path) -> Written:
@@ -154,6 +157,8 @@ ROUTES = {
         Route("safetensors", ENCODED, _safetensors, _OURS, matrices=False, streams=True),
     )
 }
+# the same codes in smaller blocks: the grid does not tell the two types apart
+ROUTES["gguf:tq1_0"] = replace(ROUTES["gguf"], write=partial(_gguf, ternary="tq1_0"))
 
 
 def route(target: str) -> Route:
