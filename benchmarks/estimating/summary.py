@@ -134,19 +134,28 @@ def _share(share: float) -> str:
 def figure(rows: Sequence[Row], path: Path) -> None:
     """Draw the residuals of every width, best at the top, with their intervals."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     widths = sorted({row.bits for row in rows if row.kind != "control"}, reverse=True)
     if not widths:
         return
     plt.rcParams["svg.hashsalt"] = "stepwell"
     colours = {"ours": "#1f4e8c", "peer": "#b5651d", "method": "#777777", "rounded": "#bbbbbb"}
-    drawn, axes = plt.subplots(1, len(widths), figsize=(4.6 * len(widths), 5.4), squeeze=False)
-    for bits, axis in zip(widths, axes[0], strict=True):
+    columns = 2 if len(widths) > 3 else len(widths)
+    drawn, axes = plt.subplots(
+        -(-len(widths) // columns), columns, figsize=(4.6 * columns, 5.4 * -(-len(widths) // columns)), squeeze=False
+    )
+    for axis in axes.flat[len(widths) :]:
+        axis.set_visible(False)
+    for bits, axis in zip(widths, axes.flat, strict=False):
         shown = sorted((row for row in rows if row.bits == bits), key=lambda row: -row.residual)
         for place, row in enumerate(shown):
             axis.errorbar(max(row.residual, 1e-4), place, xerr=row.residual_interval, fmt="o", color=colours[row.kind], capsize=2)
         axis.set_yticks(range(len(shown)), [row.method for row in shown], fontsize=8)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("nats per byte above full precision")
         axis.set_title(titled(bits))
         axis.grid(axis="x", alpha=0.3)
