@@ -3,9 +3,6 @@
 Weights are read from safetensors only, code from the folder is never run, and nothing is downloaded.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepwell.explain.sources import Subject
-from stepwell.export.extras import need
+from stepwell.export.extras import need, quiet
 
 WINDOW, ROWS = 128, 4  # tokens of a row, rows of a batch
 CHUNK = 1 << 16  # characters that are tokenized at once
@@ -40,7 +37,7 @@ def from_folder(folder: Path, data: Path | None, *, limit: int, window: int | No
     _check_text(data)
     _check_folder(folder)
     need("transformers", extra="hf")
-    with _quiet():
+    with quiet():
         model, tokenizer = _model(folder), _tokenizer(folder)
     longest = int(getattr(model.config, "max_position_embeddings", 0) or WINDOW)
     length = min(WINDOW, longest) if window is None else window
@@ -74,7 +71,7 @@ def model_alone(folder: Path) -> Any:
         ValueError: the folder cannot be loaded as one, or its weights do not fill the model.
     """
     need("transformers", extra="hf")
-    with _quiet():
+    with quiet():
         return _model(folder)
 
 
@@ -156,22 +153,3 @@ def _tokens(tokenizer: Any, data: Path, wanted: int) -> Tensor:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers, and what it imports, from drawing bars and printing advice while it loads."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        from transformers.utils import logging as theirs
-
-        bars = theirs.is_progress_bar_enabled()
-        theirs.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if bars:
-                theirs.enable_progress_bar()
-    finally:
-        logging.disable(before)

@@ -16,6 +16,7 @@ from stepwell.explain.language import from_folder, model_alone, next_token_loss
 from stepwell.explain.sources import FORM, Subject, attempted, from_function
 from stepwell.export.extras import need
 from stepwell.export.trace import quiet
+from stepwell.modes import evaluating
 from stepwell.ship.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, refuse_pickle
 
 MOST_MEASURING = 8  # batches
@@ -219,19 +220,7 @@ def logits_only(source: Source) -> Iterator[None]:
         config.use_cache = before
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold a model in evaluation mode without gradients."""
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(mode)
-
-
 def losses(source: Source) -> list[float]:
     """Return the loss of every measuring batch, in evaluation mode."""
-    with evaluating(source.model):
+    with evaluating(source.model), torch.no_grad():
         return [float(source.loss(source.model, batch)) for batch in source.measuring]
