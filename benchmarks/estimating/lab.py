@@ -3,13 +3,13 @@
 Base: 1600 steps of AdamW at a constant rate of 3e-3, batches of 16 x 64 bytes, kept with its optimizer's state below out/. Every run goes
 on from there for 250 steps while the rate falls linearly to zero, on batches that its seed alone decides. Quantized are the Linear layers
 of the blocks; embeddings, positions and the head stay in float. The goals come from a trial that leaves the base's details open:
-estimators_bases.py compares what rows are known of it with those of other bases, and this one is the nearest
-(results/estimators_bases.csv).
+estimators_bases.py compares what rows are known of it with those of other bases, which `bases.py` lists.
 """
 
 import copy
+import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,14 +44,31 @@ def adamw(model: nn.Module, rate: float) -> Optimizer:
     return AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
 
 
+def network(seed: int) -> nn.Module:
+    """Return the network that everybody starts from."""
+    return byte_transformer(length=LENGTH, seed=seed)
+
+
 class Base(NamedTuple):
-    """What a base is: its network before training, its text, its optimizer, and the steps in which the first rate is reached."""
+    """What a base is.
+
+    Attributes:
+        name: in words; its files lie in a folder of that name.
+        build: makes the network from a seed.
+        whole: whether the text includes the library's tests.
+        optimizer: made for the network, at a rate.
+        warmup: steps in which the first rate is reached.
+        clip: largest norm of a gradient, here and in every run that goes on from it.
+        seed: of the initial weights and the batches.
+    """
 
     name: str = "ours"
-    build: Callable[[], nn.Module] = partial(byte_transformer, length=LENGTH, seed=0)
+    build: Callable[[int], nn.Module] = network
     whole: bool = True
     optimizer: Callable[[nn.Module, float], Optimizer] = adamw
     warmup: int = 0
+    clip: float = math.inf
+    seed: int = 0
 
 
 OURS = Base()
@@ -85,12 +102,12 @@ class Lab:
         """State of the model and of its optimizer after training in full precision."""
         path = self.folder / f"base-{self.corpus.digest}.pt"
         if not path.exists():
-            model = self.kind.build()
+            model = self.kind.build(self.kind.seed)
             optimizer = self.kind.optimizer(model, PEAK)
-            for done, batch in enumerate(self.batches(BASE_STEPS, BASE_SEED)):
+            for done, batch in enumerate(self.batches(BASE_STEPS, BASE_SEED + self.kind.seed)):
                 for group in optimizer.param_groups:
                     group["lr"] = PEAK * min(1.0, (done + 1) / max(1, self.kind.warmup))
-                step(model, optimizer, batch, plain)
+                step(model, optimizer, batch, plain, self.kind.clip)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
         found: dict[str, dict[str, object]] = torch.load(path)
@@ -108,7 +125,7 @@ class Lab:
 
     def model(self) -> nn.Module:
         """Return the base."""
-        model = self.kind.build()
+        model = self.kind.build(self.kind.seed)
         model.load_state_dict(self.base["model"])
         return model
 
@@ -127,7 +144,7 @@ class Lab:
         for done, batch in enumerate(self.batches(self.steps, student.seed)):
             for group in taken.param_groups:
                 group["lr"] = group.get("peak", student.rate) * (1 - done / self.steps)
-            step(student.model, taken, batch, loss)
+            step(student.model, taken, batch, loss, self.kind.clip)
 
     def teacher(self, seed: int) -> nn.Module:
         """Return the full-precision run of a seed: a teacher has seen what its student will see, and nothing else."""
@@ -148,9 +165,11 @@ class Lab:
             return float(torch.cat([byte_losses(model, some) for some in self.held_out(split).split(HELD_OUT)]).mean())
 
 
-def step(model: nn.Module, optimizer: Optimizer, batch: Tensor, loss: Loss) -> None:
-    """Take one optimizer step."""
+def step(model: nn.Module, optimizer: Optimizer, batch: Tensor, loss: Loss, clip: float = math.inf) -> None:
+    """Take one optimizer step, with gradients of at most a norm."""
     optimizer.zero_grad()
     inputs, targets = batch[:, :-1], batch[:, 1:]
     loss(model(inputs), targets, inputs).backward()
+    if clip < math.inf:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()

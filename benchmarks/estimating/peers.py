@@ -107,12 +107,14 @@ def brevitas(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
         bit_width = int(bits)
 
     student = lab.student(rate, seed)
-    replaced(student.model, lambda old: quantized.QuantLinear(old.in_features, old.out_features, bias=True, weight_quant=Learned))
+    replaced(
+        student.model, lambda old: quantized.QuantLinear(old.in_features, old.out_features, bias=old.bias is not None, weight_quant=Learned)
+    )
     layers = inner(student.model).values()
     for layer in layers:
         layer.weight_quant.init_tensor_quant()  # the search sees the weights that are to be trained
         layer.quant_weight()  # and makes the scales, from statistics, when it is first called
-    known = {id(one) for one in student.optimizer.param_groups[0]["params"]}
+    known = {id(one) for group in student.optimizer.param_groups for one in group["params"]}
     scales = [one for one in student.model.parameters() if id(one) not in known]
     own = rate if rate in USUAL else SCALE_SHARE * rate
     student.optimizer.add_param_group({"params": scales, "weight_decay": 0.0, "lr": own, "peak": own})
@@ -136,9 +138,10 @@ def folded(model: nn.Module, rounded: Callable[[nn.Module], Tensor]) -> Finished
     """Return a plain model that holds a peer's rounded weights, so that everybody is measured in the same way."""
     with torch.no_grad():
         for name, layer in inner(model).items():
-            plain = nn.Linear(layer.in_features, layer.out_features)
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             plain.weight.copy_(rounded(layer))
-            plain.bias.copy_(layer.bias)
+            if layer.bias is not None:
+                plain.bias.copy_(layer.bias)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, plain)
     return Finished(model)
