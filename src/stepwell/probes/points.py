@@ -4,12 +4,12 @@ A point names only the tensors that it moves. Everything else (biases, norms, em
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from stepwell.ptq.chosen import chosen
+from stepwell.ptq.chosen import Chosen, chosen
 from stepwell.quantizers import Encoded, Quantizer, check_weight
 
 Weights = Mapping[str, Encoded | Tensor]
@@ -67,7 +67,7 @@ def place(model: nn.Module, given: Weights | Quantizer, argument: str) -> Place:
     return found
 
 
-def matching(model: nn.Module, given: Weights | Quantizer, argument: str, like: Place) -> Place:
+def matching(model: nn.Module, given: Weights | Quantizer, argument: str, like: Collection[str]) -> Place:
     """Return a second point for the weights that a first one moves; other entries, of a whole state dictionary, are not used."""
     if isinstance(given, Mapping) and given:
         missing = [name for name in like if name not in given]
@@ -103,6 +103,16 @@ def length(move: Move, base: Mapping[str, Tensor]) -> float:
         part = move(name, working(at))
         total += dot(part, part)
     return math.sqrt(total)
+
+
+def rounding_distance(rows: Iterable[Chosen]) -> float:
+    """Return the Euclidean length of the rounding error over all weights; rounded ones are held one tensor at a time."""
+    squares = []
+    for row in rows:
+        base = working(row.parameter)
+        error = row.quantizer(base).sub_(base)
+        squares.append(dot(error, error))
+    return math.sqrt(math.fsum(squares))
 
 
 def working(parameter: Tensor) -> Tensor:

@@ -7,16 +7,17 @@ r(v) = width along v in lengths of v.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from stepwell.probes.directions import alone, axes, gaussian_noise, keys, uniform_noise
-from stepwell.probes.points import Move, Place, Weights, length, matching, place
+from stepwell.probes.points import Move, Place, Weights, length, matching, place, rounding_distance
 from stepwell.probes.points import toward as displacement
 from stepwell.probes.stage import Cost, Loss, check_tolerance, staged
 from stepwell.probes.width import Width, along
+from stepwell.ptq.chosen import chosen
 from stepwell.quantizers import Encoded, Quantizer
 
 
@@ -129,7 +130,7 @@ def rho_fn(
     """
     _check_draws(draws)
     return _by_distance(
-        "rho_fn", model, loss, toward, tolerance, width, lambda target: [gaussian_noise(axes(target), key) for key in keys(seed, draws)]
+        "rho_fn", model, loss, toward, tolerance, width, lambda moved: [gaussian_noise(moved, key) for key in keys(seed, draws)]
     )
 
 
@@ -153,8 +154,8 @@ def rho_cross(
         TypeError, ValueError: as `width`; a name missing in `coarse`; a given width of another tolerance.
     """
 
-    def direction(target: Place) -> list[Move]:
-        return [displacement(matching(model, coarse, "coarse", target))]
+    def direction(moved: Axes) -> list[Move]:
+        return [displacement(matching(model, coarse, "coarse", moved))]
 
     return _by_distance("rho_cross", model, loss, toward, tolerance, width, direction)
 
@@ -178,6 +179,7 @@ def rho_layers(model: nn.Module, loss: Loss, *, toward: Weights | Quantizer, tol
 
 
 Directions = Callable[[Place], list[Move]]
+Axes = Mapping[str, int | None]  # the weights that are moved, and their contraction dimensions
 
 
 def _measured(
@@ -200,22 +202,35 @@ def _measured(
 
 
 def _by_distance(
-    name: str, model: nn.Module, loss: Loss, given: Weights | Quantizer, tolerance: float, width: Width | None, directions: Directions
+    name: str,
+    model: nn.Module,
+    loss: Loss,
+    given: Weights | Quantizer,
+    tolerance: float,
+    width: Width | None,
+    directions: Callable[[Axes], list[Move]],
 ) -> Ratio:
     """Return the rounding distance in radii that are measured, or given."""
     check_tolerance(tolerance)
     if width is not None and width.tolerance != tolerance:
         raise ValueError(f"`width` was measured for tolerance {width.tolerance:g}: got tolerance={tolerance:g}. Measure it again.")
-    target = place(model, given, "toward")
-    moves = directions(target)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    distance, names = length(displacement(target), {key: parameters[key] for key in target}), list(target)
-    del target  # rounded weights that nobody else holds are not needed along the directions
+    distance, moved = _distance(model, given)
+    moves = directions(moved)
     if width is not None:
         return Ratio(name, distance / width.radius, 0.0, (width,), False, Cost(0))
-    with staged(model, loss, names) as stage:
+    with staged(model, loss, moved) as stage:
         widths = tuple(along(stage, move, tolerance) for move in moves)
         return Ratio(name, *_mean([distance / one.radius for one in widths]), widths, False, stage.cost)
+
+
+def _distance(model: nn.Module, given: Weights | Quantizer) -> tuple[float, dict[str, int | None]]:
+    """Return how far the rounded weights are, and which they are; a quantizer's are never held together."""
+    if isinstance(given, Quantizer):
+        rows = chosen(model, given)
+        return rounding_distance(rows), {row.name: row.quantizer.axis for row in rows}
+    target = place(model, given, "toward")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return length(displacement(target), {key: parameters[key] for key in target}), axes(target)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
