@@ -89,6 +89,13 @@ def test_every_figure_has_its_sentence_its_axes_and_its_numbers_behind_a_fold():
         assert label in text
 
 
+def test_a_folded_table_has_its_caption_as_handle():
+    page = Page("t", "l", [], [Section("s", tables=[Table(["name", "why"], [["bias", "no matrix"]], "Left alone", folded=True)])])
+    text = "".join(render(page).split("\n"))
+    assert re.search(r"<details><summary>Left alone</summary>.*<td>no matrix</td>.*</details>", text)
+    assert text.count("Left alone") == 1
+
+
 def test_text_is_escaped():
     text = render(example())
     assert "STE &lt;&amp;&gt;" in text

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import stepwell as sw
-from stepwell.advice.advise import advise
+from stepwell.advice.advise import advise, judge
 from stepwell.advice.forecast import four_terms, packaged
+from stepwell.advice.measure import divide
 from stepwell.advice.verdict import Advice
 from stepwell.probes.stage import Cost
 
@@ -140,6 +141,22 @@ def test_forecast_is_the_packaged_formula(net):
     log = formula.intercept + sum(c * math.log(max(values[name], 0 if name == "rate" else floor)) for name, c in formula.powers.items())
     assert verdict.estimates[2].increase == pytest.approx(max(math.exp(log), floor), rel=5e-3)  # of rho_fn's search
     assert verdict.estimates[2].high == pytest.approx(verdict.estimates[2].increase * formula.factor)
+
+
+def test_what_is_known_is_not_measured_again_and_counts_as_the_grids_cost(net):
+    batches, calls = pixels(9), []
+    advice = advise(net, entropy, batches, quantizers=GRIDS, tolerance=1e-9)
+    known = [{one.method: (one, 1 + 4 * (one.method == "GPTQ")) for one in verdict.estimates[:2]} for verdict in advice]
+
+    def counted(model, batch):
+        calls.append(any(batch is one for one in batches[::3]))
+        return entropy(model, batch)
+
+    again = judge(net, counted, divide(batches, None), quantizers=GRIDS, known=known, tolerance=1e-9)
+    assert list(again) == list(advice)
+    assert (again.shared, again.notes) == (advice.shared, advice.notes)
+    assert sum(calls) == len(batches[::3])  # whether they reach every layer: GPTQ would look at them layer by layer
+    assert len(calls) - sum(calls) == (advice.shared.forward) * len(batches[1::3] + batches[2::3])
 
 
 def test_no_more_is_measured_than_is_needed(net):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwell.advice.early import FOUR_TERMS_STEP, Early, check_early, early_losses
-from stepwell.advice.forecast import Coefficients, Estimate, Evidence, Tier, packaged
+from stepwell.advice.forecast import Coefficients, Estimate, Evidence, Tier, Trained, packaged
 from stepwell.advice.measure import BatchLoss, Losses, Parts, divide, increase
 from stepwell.advice.reasons import hit_rate, reasons
 from stepwell.advice.verdict import Advice, Verdict, decide, safe
@@ -29,7 +29,9 @@ from stepwell.ptq.gptq import gptq
 from stepwell.quantizers import Encoded, Quantizer
 
 DRAWS = 3  # directions of the width, as in the runs of the fit: on small networks one differs from the next by a factor of two
+RATE = 1e-3  # of the training run that is forecast, unless said otherwise
 Grid = Quantizer | Mapping[str, Quantizer | None]
+Known = Mapping[Trained, tuple[Estimate, int]]  # what RTN and GPTQ leave, and the forward passes that it took to know
 
 
 def advise(
@@ -41,7 +43,7 @@ def advise(
     tolerance: float = 0.1,
     calibration: Iterable[Any] | None = None,
     skip: Sequence[str] = (),
-    rate: float = 1e-3,
+    rate: float = RATE,
     early: Early | None = None,
     measure: bool = True,
     seed: int = 0,
@@ -86,28 +88,39 @@ def advise(
     """
     check_tolerance(tolerance)
     check_early(early, rate, measure=measure)
-    plans = _plans(model, quantizers, skip)
-    parts = divide(batches, calibration)
-    every = {row.name: row.parameter for plan in plans for row in plan.rows}
-    losses, coefficients = Losses(loss, parts.measuring), packaged()
+    plans, parts = _plans(model, quantizers, skip), divide(batches, calibration)
     asked = _Asked(tolerance, float(rate), early, measure, seed, tuple(skip), on_step or (lambda words: None))
-    with staged(model, losses, every) as stage:
-        base, rounded_only = list(losses.last), _check_reach(model, loss, parts, every)
-        asked.on_step("loss of the float model")
-        work = _Work(model, stage, losses, base, Losses(loss, parts.calibrating), loss, parts, rounded_only, coefficients, {})
-        shared = stage.cost + Cost(1)  # the check of reach is one pass over all data
-        verdicts = [_verdict(work, asked, plan) for plan in plans]
-        widths = sum((width.cost for found in work.widths.values() for width in found), Cost(0))
-    worth = hit_rate(coefficients.score(_tier(asked), tolerance), tolerance)
-    return Advice(verdicts, shared=shared + widths, notes=[parts.note, *_settling(model, measure), worth])
+    return _advised(model, loss, parts, plans, asked)
+
+
+def judge(
+    model: nn.Module,
+    loss: BatchLoss,
+    parts: Parts,
+    *,
+    quantizers: Sequence[Grid],
+    known: Sequence[Known],
+    tolerance: float,
+    skip: Sequence[str] = (),
+) -> Advice:
+    """Do as `advise` where RTN and GPTQ have been measured, on the same parts of the data: that is not done again.
+
+    Args:
+        model, loss, quantizers, tolerance, skip: as `advise`, checked before.
+        parts: the data, divided.
+        known: what was measured, grid by grid; what it took counts as the grid's cost.
+    """
+    plans = [plan._replace(known=one) for plan, one in zip(_plans(model, quantizers, skip), known, strict=True)]
+    return _advised(model, loss, parts, plans, _Asked(tolerance, RATE, None, True, 0, tuple(skip), lambda words: None))
 
 
 class _Plan(NamedTuple):
-    """One grid: what it is called, as it was given, and the weights that it takes."""
+    """One grid: what it is called, as it was given, the weights that it takes, and what is known about it."""
 
     label: str
     quantizer: Grid
     rows: list[Chosen]
+    known: Known
 
 
 class _Asked(NamedTuple):
@@ -120,6 +133,21 @@ class _Asked(NamedTuple):
     seed: int
     skip: tuple[str, ...]
     on_step: Callable[[str], None]
+
+
+def _advised(model: nn.Module, loss: BatchLoss, parts: Parts, plans: Sequence[_Plan], asked: _Asked) -> Advice:
+    """Judge every grid."""
+    every = {row.name: row.parameter for plan in plans for row in plan.rows}
+    losses, coefficients, tolerance = Losses(loss, parts.measuring), packaged(), asked.tolerance
+    with staged(model, losses, every) as stage:
+        base, rounded_only = list(losses.last), _check_reach(model, loss, parts, every)
+        asked.on_step("loss of the float model")
+        work = _Work(model, stage, losses, base, Losses(loss, parts.calibrating), loss, parts, rounded_only, coefficients, {})
+        shared = stage.cost + Cost(1)  # the check of reach is one pass over all data
+        verdicts = [_verdict(work, asked, plan) for plan in plans]
+        widths = sum((width.cost for found in work.widths.values() for width in found), Cost(0))
+    worth = hit_rate(coefficients.score(_tier(asked), tolerance), tolerance)
+    return Advice(verdicts, shared=shared + widths, notes=[parts.note, *_settling(model, asked.measure), worth])
 
 
 class _Work(NamedTuple):
@@ -152,7 +180,7 @@ def _plans(model: nn.Module, quantizers: Sequence[Grid], skip: Sequence[str]) ->
         rows = chosen(model, quantizer, skip=skip)
         grids = quantizer.values() if isinstance(quantizer, Mapping) else [quantizer]
         label = " + ".join(dict.fromkeys(str(grid) for grid in grids if grid is not None))
-        found.append(_Plan(label, quantizer, rows))
+        found.append(_Plan(label, quantizer, rows, {}))
     return found
 
 
@@ -184,7 +212,7 @@ def _settling(model: nn.Module, measure: bool) -> list[str]:
 def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
     """Judge one grid."""
     before, known = work.stage.cost, set(work.widths)
-    evidence, d20, calibrating, distance = _evidence(work, asked, plan)
+    evidence, d20, uncounted, distance = _evidence(work, asked, plan)
     rho = _rho(work, asked, plan, distance, asked.tolerance)
     estimates, judged = work.coefficients.estimates(evidence), work.coefficients.judged(asked.tolerance)
     share = work.coefficients.shares[_tier(asked)]
@@ -208,7 +236,7 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
         low=deciding.low,
         high=deciding.high,
         reasons=tuple(said),
-        cost=Cost(after.forward - before.forward - shared + calibrating, after.backward - before.backward),
+        cost=Cost(after.forward - before.forward - shared + uncounted, after.backward - before.backward),
         grid=plan.label,
         tolerance=asked.tolerance,
         rho=rho,
@@ -220,16 +248,16 @@ def _verdict(work: _Work, asked: _Asked, plan: _Plan) -> Verdict:
 
 
 def _evidence(work: _Work, asked: _Asked, plan: _Plan) -> tuple[Evidence, float | None, int, float]:
-    """Return what is found out about one grid, the increase after 20 training steps, how many passes calibrated, and the distance."""
+    """Return what is found out about one grid, the increase after 20 training steps, passes that the stage did not count, the distance."""
     distance, rtn, d20, passes = _round(work.stage, plan), None, None, 0
     if asked.measure:
-        rtn = increase(work.stage, work.losses, work.base, "RTN", settle=work.settling)
+        rtn, passes = plan.known.get("RTN") or (increase(work.stage, work.losses, work.base, "RTN", settle=work.settling), 0)
         asked.on_step(f"{plan.label}: RTN")
     evidence = Evidence(_rho(work, asked, plan, distance, work.coefficients.tolerance), asked.rate, rtn)
     if rtn is None or rtn.high <= asked.tolerance:
         return evidence, d20, passes, distance
-    gptq, passes = _gptq(work, asked, plan)
-    evidence = evidence._replace(gptq=gptq)
+    gptq, more = plan.known.get("GPTQ") or _gptq(work, asked, plan)
+    evidence, passes = evidence._replace(gptq=gptq), passes + more
     if asked.early is None or gptq.high <= asked.tolerance:
         return evidence, d20, passes, distance
     train, steps = asked.early

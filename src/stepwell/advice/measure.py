@@ -79,9 +79,6 @@ def divide(batches: Iterable[Any], calibration: Iterable[Any] | None) -> Parts:
 def increase(stage: Stage, losses: Losses, base: Sequence[float], method: Trained, *, settle: Losses | None = None) -> Estimate:
     """Return how much the loss has grown where the weights are now.
 
-    The interval is the 90 % one of the mean paired difference, by Student's law over batches; with one batch the value divided and
-    multiplied by 2.
-
     Args:
         stage: the model.
         losses: the stage's own loss.
@@ -90,15 +87,27 @@ def increase(stage: Stage, losses: Losses, base: Sequence[float], method: Traine
         settle: the loss on data that BatchNorm statistics are re-estimated on; None leaves them.
     """
     _ = stage.loss() if settle is None else stage.settled(settle)
-    changes = [now - before if math.isfinite(now) else math.inf for now, before in zip(losses.last, base, strict=True)]
+    return Estimate(method, *paired(losses.last, base), True)
+
+
+def paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean difference of losses over batches and both ends of its 90 % interval.
+
+    The interval is that of Student's law; with one batch the value divided and multiplied by 2. A loss that is not finite makes all three
+    infinite.
+
+    >>> paired([1.5, 2.5, 3.5], [1.0, 2.0, 3.0]), paired([3.0], [1.0]), paired([math.nan], [1.0])
+    ((0.5, 0.5, 0.5), (2.0, 1.0, 4.0), (inf, inf, inf))
+    """
+    changes = [now - then if math.isfinite(now) else math.inf for now, then in zip(after, before, strict=True)]
     mean = statistics.fmean(changes)
     if not math.isfinite(mean):
-        return Estimate(method, math.inf, math.inf, math.inf, True)
+        return math.inf, math.inf, math.inf
     if len(changes) == 1:
         low, high = sorted((mean / ALONE, mean * ALONE))
-        return Estimate(method, mean, low, high, True)
+        return mean, low, high
     margin = float(stdtrit(len(changes) - 1, UPPER)) * statistics.stdev(changes) / math.sqrt(len(changes))
-    return Estimate(method, mean, mean - margin, mean + margin, True)
+    return mean, mean - margin, mean + margin
 
 
 def listed(batches: Iterable[Any], argument: str) -> list[Any]:

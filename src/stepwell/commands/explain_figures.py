@@ -50,14 +50,14 @@ def ratios(explanation: Explanation, scheme: str) -> Figure:
     """Grid-to-basin ratios against bits."""
     reports = of(explanation, scheme)
     kinds: list[tuple[str, Callable[[GridReport], float], int, bool]] = [
-        ("rho_fn", lambda report: report.rho_fn.value, 2, False),
+        ("rho_fn", lambda report: report.rho_fn, 2, False),
         ("rho_uniform", lambda report: report.rho_uniform.value, 3, False),
         ("rho_self (tautology)", lambda report: report.rho_self.value, 4, True),
     ]
     series = [Series("threshold 1", [-0.3, len(reports) - 0.7], [1.0, 1.0], style="dashed")]
     for name, get, colour, hollow in kinds:
         series.append(Series(name, list(range(len(reports))), [_finite(get(report)) for report in reports], colour=colour, hollow=hollow))
-    right = sum((report.rho_fn.value > 1) != report.rtn.within for report in reports)
+    right = sum((report.rho_fn > 1) != report.rtn.within for report in reports)
     rows: list[list[Cell]] = [
         [report.bits, *(get(report) for _, get, _, _ in kinds), signed(report.rtn.increase), "no" if report.rtn.within else "yes"]
         for report in reports

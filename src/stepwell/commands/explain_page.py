@@ -113,9 +113,9 @@ def _basin(subject: Subject, explanation: Explanation) -> Section:
         "How far rounding goes, and where the loss rises",
         paragraphs=[
             "The basin is the set of weights whose loss is within tolerance. A grid-to-basin ratio is the distance that rounding moves the "
-            "weights, in widths of the basin: measured along a random direction that scales with the weights (rho_fn) or along uniform "
-            "noise of the grid's size (rho_uniform). Around 1 it cannot tell: between 0.77 and 1.7 rounding has been seen to fail and to "
-            "work.",
+            "weights, in widths of the basin: measured along random directions that scale with the weights (rho_fn, the mean of three) or "
+            "along uniform noise of the grid's size (rho_uniform). Around 1 it cannot tell: between 0.77 and 1.7 rounding has been seen to "
+            "fail and to work.",
         ],
         figures=[
             figure for scheme in _schemes(explanation) for figure in (ratios(explanation, scheme), lines(explanation, scheme, subject.unit))
@@ -181,8 +181,20 @@ def _method(explanation: Explanation) -> Section:
             "as whole ones.",
             *explanation.notes,
         ],
-        tables=[Table(["part", "forward passes", "backward passes", "seconds"], spent, "What it took.", strong=[len(spent) - 1])],
+        tables=[
+            Table(["part", "forward passes", "backward passes", "seconds"], spent, "What it took.", strong=[len(spent) - 1]),
+            *_floats(explanation),
+        ],
     )
+
+
+def _floats(explanation: Explanation) -> list[Table]:
+    """Return which parameters stay in float, and why, behind a fold; models have hundreds of them."""
+    if not explanation.floats:
+        return []
+    rows: list[list[Cell]] = [[one.name, one.elements, one.reason] for one in explanation.floats]
+    caption = f"The {counted(len(rows), 'parameter')} that stayed in float, and why"
+    return [Table(["parameter", "elements", "why"], rows, caption, folded=True)]
 
 
 def _schemes(explanation: Explanation) -> list[str]:

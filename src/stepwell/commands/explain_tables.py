@@ -12,7 +12,7 @@ def summary(report: GridReport) -> dict[str, object]:
         "scheme": report.scheme,
         "bits": report.bits,
         **{method.lower().replace(" ", "_"): one for method, one in ((one.method, one.increase) for one in report.rounded)},
-        "rho_fn": report.rho_fn.value,
+        "rho_fn": report.rho_fn,
         "verdict": verdict.method,
         "predicted": verdict.predicted,
         "low": verdict.low,
@@ -46,7 +46,7 @@ def _row(report: GridReport, tolerance: float) -> dict[str, object]:
         "RTN": aligned(report.rtn.increase, tolerance),
         "searched": aligned(searched, tolerance),
         "GPTQ": aligned(report.gptq.increase, tolerance),
-        "rho": f"{report.rho_fn.value:.2f}",
+        "rho": f"{report.rho_fn:.2f}",
         "verdict": headline(report),
         "expected": f"{aligned(verdict.predicted, tolerance)} ({low} to {high})" if measured(report) else "unknown",
     }

@@ -49,6 +49,5 @@ def planned(effort: Effort, *, grids: int, schemes: int, layers: int, batches: t
     each = measure_share * (6 + WIDTH * (effort.draws + 1) + len(effort.positions) + 6) + search_share * layers
     closer = measure_share * (2 * layers + len(effort.positions) + 2 * effort.plane**2 + 40)
     closer += search_share * (5 * effort.rounds + 6) + 3 * effort.steps / max(search + measure, 1)
-    advice = search_share * layers + 4 * measure_share
     looks = grids if effort.every else schemes
-    return grids * (each + advice) + looks * closer + 2 * WIDTH * measure_share + 3
+    return grids * each + looks * closer + 3 * WIDTH * measure_share + 3

@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from stepwell.advice.advise import advise
+from stepwell.advice.advise import Known, judge
+from stepwell.advice.forecast import Estimate
 from stepwell.advice.measure import BatchLoss, Losses, Parts, divide
 from stepwell.advice.verdict import Advice
 from stepwell.explain.closer import Data, look
 from stepwell.explain.effort import NORMAL, Effort
-from stepwell.explain.records import Closer, Explanation, GridReport, Rounded
+from stepwell.explain.records import Closer, Explanation, GridReport, Left, Rounded
 from stepwell.explain.rounding import Point, compare, curvature, gptq_point, spread, without_data
 from stepwell.explain.tally import Progress, Tally
 from stepwell.presets import intn
-from stepwell.probes.rho import Ratio, rho_fn, rho_self, rho_uniform
+from stepwell.probes.rho import Ratio, rho_self, rho_uniform
 from stepwell.probes.segment import Segment, segment
 from stepwell.probes.stage import check_tolerance, staged
-from stepwell.probes.width import Width
 from stepwell.ptq.calibration import holders, uses
 from stepwell.ptq.chosen import Chosen, chosen
 from stepwell.quantizers import Quantizer
+from stepwell.selection import select
 
 
 def measure(
@@ -76,10 +77,9 @@ def measure(
     with tally.part("lines"):
         lines = [segment(model, data.measuring, toward=one.points["RTN"], positions=effort.positions) for one in found]
     closer = _closer(model, data, grids, found, tally, asked)
-    with tally.part("advice"), _collected():  # GPTQ runs there again, and says the same
-        advice = advise(
-            model, counted, parts.measuring, calibration=parts.calibrating, quantizers=quantizers, tolerance=tolerance, skip=skip
-        )
+    with tally.part("advice"):
+        known = [_known(one.rounded) for one in found]
+        advice = judge(model, counted, parts, quantizers=quantizers, known=known, tolerance=tolerance, skip=skip)
     return Explanation(
         tolerance=tolerance,
         start=data.start,
@@ -88,6 +88,7 @@ def measure(
         weights=sum(row.parameter.numel() for row in grids[0].rows),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=len(grids[0].rows),
+        floats=tuple(Left(row.name, row.parameter.numel(), row.reason) for row in select(model, True, skip=skip) if row.choice is None),
         batches=(len(parts.calibrating), len(parts.measuring)),
         held_out=parts.calibrating is not parts.measuring,
         grids=tuple(_reports(grids, found, ratios, lines, advice, closer)),
@@ -173,24 +174,32 @@ def _all_rounded(model: nn.Module, data: Data, grids: Sequence[_Plan], tally: Ta
         with tally.part("scale search"):
             points = without_data(grid.rows, cost)
         with tally.part("GPTQ"):
+            calls = tally.calls
             points["GPTQ"] = gptq_point(model, grid.rows, points["RTN"], data.search, data.loss, asked.beyond)
+            passes = math.ceil((tally.calls - calls) / len(data.search))
         with tally.part("losses"):
-            rounded = compare(model, data.measuring, points, asked.tolerance, settle=data.searching)
+            rounded = compare(model, data.measuring, points, asked.tolerance, settle=data.searching, before={"GPTQ": passes})
         found.append(_Found({method: points[method] for method in ("RTN", "GPTQ")}, rounded))
     return found
 
 
-def _ratios(model: nn.Module, data: Data, points: Sequence[Point], tally: Tally, asked: _Asked) -> list[tuple[Ratio, Ratio, Ratio]]:
-    """Return rho_fn, rho_uniform and rho_self of every grid; one width serves all grids in the first of them."""
-    width: Width | None = None
+def _ratios(model: nn.Module, data: Data, points: Sequence[Point], tally: Tally, asked: _Asked) -> list[tuple[Ratio, Ratio]]:
+    """Return rho_uniform and rho_self of every grid; rho_fn comes with the verdicts."""
     found = []
     with tally.part("ratios"):
         for point in points:
-            own = rho_fn(model, data.measuring, toward=point, tolerance=asked.tolerance, width=width)
-            width = own.widths[0]
             even = rho_uniform(model, data.measuring, toward=point, tolerance=asked.tolerance, draws=asked.effort.draws)
-            found.append((own, even, rho_self(model, data.measuring, toward=point, tolerance=asked.tolerance)))
+            found.append((even, rho_self(model, data.measuring, toward=point, tolerance=asked.tolerance)))
     return found
+
+
+def _known(rounded: Sequence[Rounded]) -> Known:
+    """Return what the verdict need not measure again."""
+    rtn, gptq = rounded[0], rounded[-1]
+    return {
+        "RTN": (Estimate("RTN", rtn.increase, rtn.low, rtn.high, True), rtn.forward),
+        "GPTQ": (Estimate("GPTQ", gptq.increase, gptq.low, gptq.high, True), gptq.forward),
+    }
 
 
 def _closer(
@@ -220,7 +229,7 @@ def _worth(grids: Sequence[_Plan], found: Sequence[_Found], effort: Effort) -> l
 def _reports(
     grids: Sequence[_Plan],
     found: Sequence[_Found],
-    ratios: Sequence[tuple[Ratio, Ratio, Ratio]],
+    ratios: Sequence[tuple[Ratio, Ratio]],
     lines: Sequence[Segment],
     advice: Advice,
     closer: dict[int, Closer],

@@ -20,15 +20,35 @@ class Rounded:
         method: "RTN", "MSE scales", "curvature scales" or "GPTQ".
         loss: on the measuring batches, with BatchNorm statistics re-estimated for the rounded weights on the others.
         increase: over the float weights.
+        low, high: its 90 % interval, from paired differences over batches; half and twice of it for one batch.
         stderr: of the increase, from paired differences over batches; NaN for one batch.
         within: whether the increase is at most the tolerance.
+        forward: passes that it took to know, those that calibrated GPTQ among them.
     """
 
     method: str
     loss: float
     increase: float
+    low: float
+    high: float
     stderr: float
     within: bool
+    forward: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """One parameter that stays in float.
+
+    Attributes:
+        name: of the parameter; the first one where it is shared.
+        elements: how many it has.
+        reason: why, in words.
+    """
+
+    name: str
+    elements: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ class GridReport:
         bits: of a code.
         grid: the quantizer, in words.
         rounded: RTN, both scale searches and GPTQ, in this order.
-        rho_fn, rho_uniform: grid-to-basin ratios: above 1 they say that rounding to nearest leaves the tolerance.
+        rho_uniform: a grid-to-basin ratio: above 1 it says that rounding to nearest leaves the tolerance.
         rho_self: the same along the rounding error itself: a tautology, to be read as a margin.
         line: the loss along the line from the float weights to RTN's.
         verdict: what to do.
@@ -116,12 +136,16 @@ class GridReport:
     bits: int
     grid: str
     rounded: tuple[Rounded, ...]
-    rho_fn: Ratio
     rho_uniform: Ratio
     rho_self: Ratio
     line: Segment
     verdict: Verdict
     closer: Closer | None
+
+    @property
+    def rho_fn(self) -> float:
+        """The grid-to-basin ratio that the verdict is made from: its widths, in three directions, serve every grid."""
+        return self.verdict.rho
 
     @property
     def rtn(self) -> Rounded:
@@ -160,6 +184,7 @@ class Explanation:
         search_start: float loss on the search batches.
         weights: quantized elements; parameters: all elements.
         layers: how many parameters are quantized.
+        floats: the others.
         batches: (for searching and calibrating, for measuring).
         held_out: whether these are different ones; with a single batch they are not.
         grids: one report per grid, in the order given.
@@ -176,6 +201,7 @@ class Explanation:
     weights: int
     parameters: int
     layers: int
+    floats: tuple[Left, ...]
     batches: tuple[int, int]
     held_out: bool
     grids: tuple[GridReport, ...]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepwell.advice.measure import BatchLoss, Losses
+from stepwell.advice.measure import BatchLoss, Losses, paired
 from stepwell.explain.records import Rounded
 from stepwell.probes.points import Weights, weight
 from stepwell.probes.stage import staged
@@ -61,16 +61,29 @@ def gptq_point(
     return {name: found.get(name, rounded[name]) for name in names}
 
 
-def compare(model: nn.Module, losses: Losses, points: Mapping[str, Weights], tolerance: float, *, settle: Losses) -> tuple[Rounded, ...]:
-    """Return what each point loses, with BatchNorm statistics re-estimated there on the data of `settle`, which `advise` uses as well."""
+def compare(
+    model: nn.Module, losses: Losses, points: Mapping[str, Weights], tolerance: float, *, settle: Losses, before: Mapping[str, int]
+) -> tuple[Rounded, ...]:
+    """Return what each point loses, as `advise` measures it.
+
+    Args:
+        model: any module; left as found.
+        losses: on the measuring batches.
+        points: weights by the method that made them.
+        tolerance: growth of the loss that still counts as good.
+        settle: the loss on the data on which BatchNorm statistics are re-estimated at every point.
+        before: passes that some methods have taken to make their point.
+    """
     found = []
     with staged(model, losses, next(iter(points.values()))) as stage:
         base = list(losses.last)
         for method, point in points.items():
             stage.put(lambda name, at, point=point: weight(point[name], at))  # type: ignore[misc]
+            begun = stage.cost.forward
             value = stage.settled(settle)
-            growth = value - stage.start
-            found.append(Rounded(method, value, growth, _stderr(losses.last, base), growth <= tolerance))
+            growth, low, high = paired(losses.last, base)
+            passes = before.get(method, 0) + stage.cost.forward - begun
+            found.append(Rounded(method, value, growth, low, high, _stderr(losses.last, base), growth <= tolerance, passes))
     return tuple(found)
 
 

@@ -55,6 +55,11 @@ class Tally:
             )
 
     @property
+    def calls(self) -> int:
+        """How often the loss of a batch was evaluated."""
+        return self._forward
+
+    @property
     def spent(self) -> tuple[Spent, ...]:
         """What each part took, in the order of their beginning."""
         return tuple(self._spent.values())

@@ -22,6 +22,7 @@ class Table:
         caption: what the table holds, one sentence or empty.
         strong: indices of rows to emphasise.
         grouped: rule a line wherever the first cell changes.
+        folded: behind a fold whose handle is the caption; figures fold their tables anyway.
     """
 
     columns: Sequence[str]
@@ -29,6 +30,7 @@ class Table:
     caption: str = ""
     strong: Sequence[int] = ()
     grouped: bool = False
+    folded: bool = False
 
     def __post_init__(self) -> None:
         for index, row in enumerate(self.rows):
