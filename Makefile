@@ -18,7 +18,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-slow test-runtimes check bench papers clean
+.PHONY: help demo test test-slow test-runtimes coverage check bench papers clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test       the test suite, under ten minutes"
 	@echo "make test-slow  the full cross product; its log goes to tests/results/slow.log"
 	@echo "make test-runtimes  exports in llama.cpp and other runtimes that are built or large: installs them first (minutes)"
+	@echo "make coverage   branch coverage of what reads other people's files; fails below 90 percent"
 	@echo "make check      lint, format, types, import layers"
 	@echo "make bench      every file in benchmarks/, results to benchmarks/results/"
 	@echo "make papers     every figure in papers/, results to papers/<paper>/results/"
@@ -46,6 +47,14 @@ test-slow: .venv/.dev
 test-runtimes: .venv/.runtimes
 	$(PYTEST) -m slow -n 0 --timeout 3600 tests/export/test_runtime_*.py
 
+# Which files count, and the least that is enough, is in pyproject.toml.
+READING := tests/ship tests/commands/test_inspect.py tests/commands/test_verify.py tests/commands/test_quantize_activations.py \
+    tests/export/test_onnx_file.py tests/export/test_nbits.py tests/export/test_qdq.py tests/export/test_gguf.py tests/export/test_codes.py \
+    tests/test_storage.py tests/test_packing.py
+
+coverage: .venv/.dev
+	$(PYTEST) -m "not slow" -n 0 --cov --cov-report=term-missing $(READING)
+
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +68,7 @@ papers: .venv/.dev
 	@for script in $(or $(wildcard papers/*/*.py),$(error no papers/*/*.py here)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist out
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. A stamp per set of extras: made again when the requirements change.
