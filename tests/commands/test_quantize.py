@@ -33,6 +33,12 @@ def made(width=32):
     x = torch.randn(6, 64, width)
     return model, entropy, [(one, one[:, :3].argmax(1)) for one in x]
 
+def copying():
+    model, _, batches = made()
+    with torch.no_grad():
+        told = [(x, model(x)) for x, _ in batches]
+    return model, lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]), told
+
 def odd():
     torch.manual_seed(0)
     convolution = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -244,6 +250,16 @@ def test_what_the_runtime_did_not_load_is_exit_code_1(run, monkeypatch):
     assert "NOT PASSED" in out
 
 
+@pytest.mark.parametrize(("asked", "code"), [(("--method", "rtn"), 0), (("--method", "auto"), 1), (("--mixed",), 1)])
+def test_a_tolerance_that_was_aimed_at_and_missed_is_exit_code_1(run, tmp_path, asked, code):
+    """The loss is the distance to the float model's own outputs: the artifact is there and whole, and what was asked for is not."""
+    arguments = ("quantize", "subject_of_quantize:copying", "--target", "safetensors", "--steps", 1, *asked)
+    found, out, _ = run(*arguments[:2], "a", *arguments[2:], "--tolerance", 1e-9)
+    assert (found, "NOT WITHIN the tolerance of 1e-09" in out) == (code, True)
+    assert json.loads((tmp_path / "a" / "certificate.json").read_text())["passed"]
+    assert run(*arguments[:2], "b", *arguments[2:], "--tolerance", 100)[0] == 0
+
+
 MADE = "subject_of_quantize:made"
 TO_ONNX = ("--target", "onnx:matmulnbits")
 
@@ -300,6 +316,7 @@ def test_bad_folders_are_one_line(run, folder, tmp_path):
     refused(lambda copy: (copy / "model.safetensors").write_bytes(b"\xff" * 100), "is not a readable safetensors file")
     refused(lambda copy: edited(copy / "config.json", num_hidden_layers=3), "lack or misfit")
     refused(lambda copy: None, "`data` must be given for --method gptq", "--method", "gptq")
+    refused(lambda copy: None, "`data` must be given for --activations int8", "--method", "rtn", "--activations", "int8")
     refused(lambda copy: None, "`data` must be a text file", "--data", tmp_path)
 
 

@@ -25,6 +25,7 @@ MODEL = (
 )
 TARGET = "What it is for: onnx:matmulnbits, compressed-tensors, gguf:q4_0, .. (a wrong one lists them)."
 METHOD = "auto, rtn, search, gptq, ste, lotion or default (the recommended training); auto asks `sw.advise`, without data it is rtn."
+ACTIVATIONS = "Round what goes into the layers too: int8 (one range per layer, from --data) or int8-token (a scale per token); for ONNX."
 
 
 def quantize(
@@ -45,6 +46,7 @@ def quantize(
     bits_per_weight: Annotated[
         float | None, typer.Option(help="Bits of its own for every layer: the best with so many on average.", show_default=False)
     ] = None,
+    activations: Annotated[str | None, typer.Option(help=ACTIVATIONS, show_default=False)] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Parameter or module to leave in float; may be repeated.", show_default=False)
     ] = None,
@@ -57,7 +59,8 @@ def quantize(
 ) -> None:
     """Quantize a model for a runtime: round or train, export, load it there, compare, and write the artifact with its certificate.
 
-    OUT appears when all of it is complete. It is exit code 1 if the runtime did not load what was encoded.
+    OUT appears when all of it is complete. It is exit code 1 if the runtime did not load what was encoded, or if --method auto or --mixed
+    missed the tolerance that they aim at.
     """
     if batches < 2:
         raise ValueError(f"`batches` must be at least 2: got {batches}. Some calibrate, the others measure.")
@@ -67,7 +70,7 @@ def quantize(
 
     checkpoint = folder_of(model)
     chosen = "rtn" if method == "auto" and data is None and checkpoint is not None else method
-    order = Order(target, chosen, bits, block, tolerance, steps, rate, tuple(skip or ()), seed, force, mixed, bits_per_weight)
+    order = Order(target, chosen, bits, block, tolerance, steps, rate, tuple(skip or ()), seed, force, mixed, bits_per_weight, activations)
     _ = order.grid
     check_place(out, force=force)
     with (
@@ -83,7 +86,7 @@ def quantize(
         show(shipped)
     if open_page:
         open_in_browser(Path(shipped.out) / PAGE_FILE)
-    if not shipped.certificate.passed:
+    if not shipped.certificate.passed or (order.aims and shipped.within is False):
         raise typer.Exit(1)
 
 
@@ -139,7 +142,7 @@ def as_results(shipped: "Shipped") -> dict[str, Any]:
 
 def show(shipped: "Shipped") -> None:
     """Print what a person wants to know, the command that serves it last."""
-    from stepwell.commands.quantize_words import compared, headline, lost, reasons
+    from stepwell.commands.quantize_words import compared, headline, inputs, lost, reasons
 
     worst = sorted(shipped.weights, key=lambda one: -one.error)[:MOST_ROWS]
     rows = [
@@ -147,7 +150,7 @@ def show(shipped: "Shipped") -> None:
     ]  # fmt: skip
     more = f", the {len(rows)} that rounding moved most" if len(rows) < len(shipped.weights) else ""
     print_table(rows, title=f"{shipped.target}, {shipped.grid}: {len(shipped.weights)} weights{more}", note="")
-    lines = [headline(shipped), *reasons(shipped), *lost(shipped), *compared(shipped.certificate), *shipped.notes]
+    lines = [headline(shipped), *inputs(shipped), *reasons(shipped), *lost(shipped), *compared(shipped.certificate), *shipped.notes]
     lines += [f"In float: {name} ({why})" for name, why in list(shipped.floats.items())[:MOST_ROWS]]
     if len(shipped.floats) > MOST_ROWS:
         lines.append(f"and {len(shipped.floats) - MOST_ROWS} more in float, in the certificate.")

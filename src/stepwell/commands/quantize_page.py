@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
-from stepwell.commands.quantize_words import compared, headline, lost, reasons, word
+from stepwell.commands.quantize_words import compared, headline, inputs, lost, reasons, word
 from stepwell.report import Axis, Bars, Figure, Finding, Page, Section, Table, draw_bars
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _method(shipped: "Shipped") -> Section:
     memory = f"The process held at most {shipped.peak / 1e6:,.0f} MB at any time, loading it again and comparing included."
     return Section(
         "How the weights came to the grid",
-        paragraphs=[*why, *lost(shipped), *shipped.notes, memory],
+        paragraphs=[*why, *inputs(shipped), *lost(shipped), *shipped.notes, memory],
         tables=[Table(["part", "seconds"], spent, "What it took.")],
     )
 

@@ -19,6 +19,17 @@ def headline(shipped: "Shipped") -> str:
     )
 
 
+def inputs(shipped: "Shipped") -> list[str]:
+    """Say how activations are rounded."""
+    from stepwell.ship.records import SCHEMES
+
+    made = shipped.activations
+    if made is None:
+        return []
+    seen = f", measured on {made.batches} batches" if made.ranges else ""
+    return [f"What goes into {len(made.modules)} layers is rounded to {SCHEMES[made.scheme]}{seen}."]
+
+
 def reasons(shipped: "Shipped") -> list[str]:
     """Say why this method."""
     return [] if shipped.choice.why == ("asked for",) else [f"Why {shipped.choice.method}: {'; '.join(shipped.choice.why)}."]

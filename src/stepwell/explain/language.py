@@ -3,6 +3,7 @@
 Weights are read from safetensors only, code from the folder is never run, and nothing is downloaded.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from stepwell.export.extras import need, quiet
 WINDOW, ROWS = 128, 4  # tokens of a row, rows of a batch
 CHUNK = 1 << 16  # characters that are tokenized at once
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
-def from_folder(folder: Path, data: Path | None, *, limit: int, window: int | None = None) -> Subject:
+def from_folder(
+    folder: Path, data: Path | None, *, limit: int, window: int | None = None, tensors: Mapping[str, Any] | None = None
+) -> Subject:
     """Load a language model and cut a text into batches for it.
 
     Args:
@@ -27,6 +31,7 @@ def from_folder(folder: Path, data: Path | None, *, limit: int, window: int | No
         data: UTF-8 text that the model was not trained on; its beginning is used.
         limit: most batches to cut.
         window: tokens of a row; 128, or what the model can read if that is less.
+        tensors: as for `model_alone`.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -38,7 +43,7 @@ def from_folder(folder: Path, data: Path | None, *, limit: int, window: int | No
     _check_folder(folder)
     need("transformers", extra="hf")
     with quiet():
-        model, tokenizer = _model(folder), _tokenizer(folder)
+        model, tokenizer = _model(folder, tensors), _tokenizer(folder)
     longest = int(getattr(model.config, "max_position_embeddings", 0) or WINDOW)
     length = min(WINDOW, longest) if window is None else window
     if not 2 <= length <= longest:
@@ -63,8 +68,13 @@ def from_folder(folder: Path, data: Path | None, *, limit: int, window: int | No
     return Subject(str(folder), model, next_token_loss, batches, "nats per token", facts)
 
 
-def model_alone(folder: Path) -> Any:
+def model_alone(folder: Path, *, tensors: Mapping[str, Any] | None = None) -> Any:
     """Return a folder's causal language model in float32 and evaluation mode; no tokenizer and no text are needed.
+
+    Args:
+        folder: config.json and safetensors.
+        tensors: the folder's tensors by name, each read when it is indexed, as safetensors' slices are. None lets transformers read them:
+            it keeps every file mapped until the last tensor is read, half the model once more where it is stored in 16 bits.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -72,7 +82,15 @@ def model_alone(folder: Path) -> Any:
     """
     need("transformers", extra="hf")
     with quiet():
-        return _model(folder)
+        return _model(folder, tensors)
+
+
+def like_the_folder(model: Any, folder: Path) -> Any:
+    """Return a model, made without its folder, with what `from_pretrained` takes from there besides the weights: name, how it generates."""
+    model.config.name_or_path = str(folder)
+    if model.can_generate() and (folder / GENERATION).is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -114,20 +132,38 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"`model`: the folder {folder} has no tokenizer (such as tokenizer.json). Save the tokenizer beside the model.")
 
 
-def _model(folder: Path) -> Any:
+def _model(folder: Path, tensors: Mapping[str, Any] | None) -> Any:
     """Return the model in float32 and evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
+        model, told = _by_itself(folder) if tensors is None else _from_tensors(folder, tensors)
     except Exception as error:  # transformers raises whatever the file format, the config or the architecture meet
         raise ValueError(f"`model`: {folder} cannot be loaded as a causal language model: {_line(error)}") from error
     lacking = sorted([*told["missing_keys"], *(str(one) for one in told["mismatched_keys"])])
     if lacking:
         raise ValueError(f"`model`: the files in {folder} lack or misfit {len(lacking)} weights such as {lacking[0]}.")
     return model.eval()
+
+
+def _by_itself(folder: Path) -> Any:
+    """Return what transformers makes of a folder, and what it has to say of it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+    )
+
+
+def _from_tensors(folder: Path, tensors: Mapping[str, Any]) -> Any:
+    """Return the same from tensors that are given; names are mapped and weights joined as transformers does with its files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model, told = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
+    )
+    return like_the_folder(model, folder), told
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -57,10 +57,25 @@ class Checkpoint:
             raise ValueError(f"`model`: {stored.file} has changed while it was read: {name!r} is now {tuple(tensor.shape)}.")
         return tensor.clone()  # the file's pages are given back
 
+    def slices(self) -> "dict[str, Slice]":
+        """Return every tensor by name, each read when it is indexed, as `safetensors.safe_open(..).get_slice(..)` would be."""
+        return {name: Slice(self, name) for name in self.tensors}
+
     @property
     def elements(self) -> int:
         """How many numbers all tensors hold."""
         return sum(math.prod(stored.shape) for stored in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One tensor of a checkpoint that is read when it is indexed, and whose file is mapped for that long only."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, where: Any) -> "Tensor":
+        return self.checkpoint.read(self.name)[where]
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -23,7 +23,8 @@ from stepwell.ship.artifact import draft
 from stepwell.ship.choice import CALIBRATING, METHODS, TRAINED, choose
 from stepwell.ship.mixed import mixed
 from stepwell.ship.plan import Plan, plan
-from stepwell.ship.records import Choice, Losses, Shipped, Weight
+from stepwell.ship.records import SCHEMES, STATIC, Choice, Losses, Shipped, Weight
+from stepwell.ship.rounded import rounded
 from stepwell.ship.rounding import Progress
 from stepwell.ship.source import Source, check_finite, logits_only, losses
 from stepwell.ship.spill import Spill
@@ -50,6 +51,7 @@ class Order:
         force: whether an artifact that is there may be replaced.
         mixed: whether every layer gets bits of its own, the fewest within the tolerance.
         budget: mean bits per quantized weight, scales included, that every layer's own bits have to keep to; None is no budget.
+        activations: "int8" or "int8-token": how what goes into the quantized layers is rounded; None leaves it alone.
     """
 
     target: str
@@ -64,6 +66,7 @@ class Order:
     force: bool = False
     mixed: bool = False
     budget: float | None = None
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -77,6 +80,22 @@ class Order:
         if self.bits is not None and (self.mixed or self.budget is not None):
             raise ValueError(f"`bits` is one width for all layers: got {self.bits} with --mixed or --bits-per-weight. Give one of them.")
 
+        if self.activations is not None:
+            self._check_activations()
+
+    def _check_activations(self) -> None:
+        """Refuse a scheme that there is not, or that the target's files cannot say."""
+        if self.activations not in SCHEMES:
+            raise ValueError(f"`activations` must be {' or '.join(SCHEMES)}: got {self.activations!r}.")
+        if not targets.route(self.target).activations:
+            able = ", ".join(family for family, row in targets.ROUTES.items() if row.activations)
+            raise ValueError(f"`activations`: {self.target} holds float ones alone, got {self.activations!r}. Targets with others: {able}.")
+
+    @property
+    def aims(self) -> bool:
+        """Whether the tolerance is what was asked for, so that missing it is a failure: not where method and bits are the user's own."""
+        return self.method == "auto" or self.mixed
+
     @property
     def grid(self) -> Quantizer:
         """The target's grid."""
@@ -85,7 +104,7 @@ class Order:
     @property
     def learns(self) -> bool:
         """Whether the method cannot do without data."""
-        return self.method in ("auto", "gptq", *TRAINED) or self.mixed or self.budget is not None
+        return self.method in ("auto", "gptq", *TRAINED) or self.mixed or self.budget is not None or self.activations == STATIC
 
 
 @contextmanager
@@ -110,9 +129,8 @@ def quantize(
     check_finite(source.model)
     grids = order.grid if encoded is None else grids_of(source.model, encoded)
     base = plan(source.model, grids, skip=order.skip, matrices=route.matrices, target=order.target)
-    clock = Clock()
-    with draft(out, force=order.force) as folder:
-        before = losses(source)
+    clock, before = Clock(), losses(source)
+    with draft(out, force=order.force) as folder, rounded(source, base, order.activations) as activations:
         with clock.part("choice"):
             chosen, choice = (base, GIVEN) if encoded is not None else _decide(source, base, order, progress)
         originals = _Originals(source, list(chosen.grids))
@@ -141,7 +159,7 @@ def quantize(
             serve=route.serve.format(path=served), files=digests(folder),
             certificate=replace(checked, path=str(served)), weights=rows, floats=floats, notes=written.notes,
             elements=sum(row.elements for row in rows), total=chosen.total, losses=Losses.of(before, after, source.unit),
-            tolerance=order.tolerance, seconds=dict(clock.seconds), peak=peak_memory(), facts=source.facts,
+            tolerance=order.tolerance, seconds=dict(clock.seconds), peak=peak_memory(), facts=source.facts, activations=activations,
         )  # fmt: skip
 
 
@@ -154,7 +172,8 @@ def check_order(source: Source, order: Order, route: targets.Route) -> None:
     if route.folders and source.checkpoint is None:
         raise ValueError(f"`target` {order.target} ships Hugging Face models: got {source.name}, a function. Give the model's folder.")
     if order.learns and not source.learning:
-        raise ValueError(f"`data` must be given for --method {order.method}: got none. Give --data text.txt, or --method rtn or search.")
+        wanted = f"--activations {STATIC}" if order.activations == STATIC else f"--method {order.method}"
+        raise ValueError(f"`data` must be given for {wanted}: got none. Give --data text.txt, or --method rtn or search.")
 
 
 class Clock:

@@ -14,6 +14,7 @@ from stepwell.ship.artifact import CERTIFICATE
 from stepwell.ship.checkpoint import read_json
 from stepwell.ship.quantize import sha256_of_values
 from stepwell.ship.records import Losses
+from stepwell.ship.rounded import as_certified
 from stepwell.ship.rounding import Progress
 from stepwell.ship.source import Source, logits_only, losses
 from stepwell.ship.stored import put, stored
@@ -92,10 +93,11 @@ def recheck(artifact: Path, source: Source, *, progress: Progress) -> Rechecked:
         first = f"{strangers[0].name} (cosine {strangers[0].cosine:.2f})"
         problems.append(f"{len(strangers)} of {len(rows)} weights are none of this model's, such as {first}")
     put(source.model, found)
-    after = losses(source)
-    progress("loading and comparing", 2, 3)
-    with logits_only(source):
-        checked = verify(path, source.model, source.example)
+    with as_certified(source.model, held or {}, str(artifact / CERTIFICATE)):
+        after = losses(source)
+        progress("loading and comparing", 2, 3)
+        with logits_only(source):
+            checked = verify(path, source.model, source.example)
     if not checked.passed:
         problems.append("the runtime does not compute what the weights in the artifact say")
     compared = Losses.of(before, after, source.unit)

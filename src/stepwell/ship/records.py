@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from stepwell.export.certificate import Certificate
 
+STATIC = "int8"
+SCHEMES = {STATIC: "int8, one range per layer", "int8-token": "int8, one scale per token"}
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -77,6 +80,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """Rounded activations of an artifact.
+
+    Attributes:
+        scheme: one of `SCHEMES`.
+        modules: whose inputs are rounded.
+        skip: names that were left alone.
+        ranges: module name -> scale and zero point, where they are static.
+        batches: how many the ranges were measured on.
+    """
+
+    scheme: str
+    modules: tuple[str, ...]
+    skip: tuple[str, ...]
+    ranges: dict[str, tuple[float, int]]
+    batches: int
+
+
+@dataclass(frozen=True)
 class Shipped:
     """A finished artifact.
 
@@ -99,6 +121,7 @@ class Shipped:
         seconds: wall time of every part.
         peak: largest resident memory of the process so far, in bytes.
         facts: what a reader should know about the source.
+        activations: how what goes into the quantized layers is rounded; None where it stays float32.
     """
 
     model: str
@@ -120,6 +143,7 @@ class Shipped:
     seconds: dict[str, float]
     peak: int
     facts: tuple[tuple[str, str], ...]
+    activations: Activations | None = None
 
     @property
     def bits(self) -> float:

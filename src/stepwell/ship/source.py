@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stepwell.advice.measure import BatchLoss
-from stepwell.explain.language import from_folder, model_alone, next_token_loss
+from stepwell.explain.language import from_folder, like_the_folder, model_alone, next_token_loss
 from stepwell.explain.sources import FORM, Subject, attempted, from_function
 from stepwell.export.extras import need
 from stepwell.export.trace import quiet
@@ -52,9 +52,9 @@ class Source:
     @property
     def example(self) -> tuple[Tensor, ...]:
         """The inputs of one measuring batch, as the model takes them by position; random tokens for a language model without data."""
-        if self.checkpoint is None:
-            return _inputs(self)
-        return (self.measuring[0] if self.measuring else _random_tokens(self.model),)
+        if self.checkpoint is None or self.measuring:
+            return inputs(self, self.measuring[0])
+        return (_random_tokens(self.model),)
 
     @property
     def terms(self) -> int:
@@ -128,7 +128,7 @@ def meta_model(folder: Path) -> nn.Module:
 
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
-                made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                made = like_the_folder(AutoModelForCausalLM.from_config(config, trust_remote_code=False), folder)
     except Exception as error:  # transformers raises whatever the config meets
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"`model`: {folder} is of no architecture that transformers knows: {type(error).__name__}: {said}") from error
@@ -152,12 +152,13 @@ def check_finite(model: nn.Module) -> None:
 def _from_folder(folder: Path, data: Path | None, limit: int, window: int | None) -> Source:
     """Load a language model, with batches of text where there is one."""
     checkpoint = folder_of(str(folder))
+    assert checkpoint is not None
     if data is None:
-        model = model_alone(folder)
+        model = model_alone(folder, tensors=checkpoint.slices())
         facts = (("source", f"{folder} ({type(model).__name__})"), ("data", "none"))
         subject = Subject(str(folder), model, next_token_loss, [], "nats per token", facts)
     else:
-        subject = from_folder(folder, data, limit=limit, window=window)
+        subject = from_folder(folder, data, limit=limit, window=window, tensors=checkpoint.slices())
     return _source(subject, checkpoint)
 
 
@@ -179,13 +180,19 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return [one for k, one in enumerate(batches) if k not in places], [batches[k] for k in sorted(places)]
 
 
-def _inputs(source: Source) -> tuple[Tensor, ...]:
-    """Return what the loss calls the model with, in the order of the model's own signature."""
+def inputs(source: Source, batch: Any) -> tuple[Tensor, ...]:
+    """Return what the loss of a batch calls the model with, in the order of the model's own signature.
+
+    Raises:
+        ValueError: it never calls the model itself, or not with tensors alone.
+    """
+    if source.checkpoint is not None:
+        return (batch,)
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = source.model.register_forward_pre_hook(lambda _, given, named: seen.append((given, named)), with_kwargs=True)
     try:
         with torch.no_grad():
-            source.loss(source.model, source.measuring[0])
+            source.loss(source.model, batch)
     finally:
         handle.remove()
     if not seen:

@@ -48,6 +48,7 @@ class Route:
         folders: whether the model must come from a Hugging Face folder.
         matrices: whether it holds quantized weights of two dimensions only.
         folder: whether what is served is a folder.
+        activations: whether its files can say that activations are rounded.
         streams: whether it can be written and read again tensor by tensor, from a model without memory.
     """
 
@@ -59,6 +60,7 @@ class Route:
     matrices: bool = True
     folder: bool = False
     streams: bool = False
+    activations: bool = False
 
 
 def _onnx_matmulnbits(source: Source, encoded: Weights, path: Path) -> Written:
@@ -149,8 +151,8 @@ weights = {{name: one.decode() for name, one in encoded.items()}}"""
 ROUTES = {
     row.family: row
     for row in (
-        Route("onnx:matmulnbits", "model.onnx", _onnx_matmulnbits, _ONNX),
-        Route("onnx:qdq", "model.onnx", _onnx_qdq, _QDQ, matrices=False),
+        Route("onnx:matmulnbits", "model.onnx", _onnx_matmulnbits, _ONNX, activations=True),
+        Route("onnx:qdq", "model.onnx", _onnx_qdq, _QDQ, matrices=False, activations=True),
         Route("compressed-tensors", "model", _compressed_tensors, "vllm serve {path}", folders=True, folder=True, streams=True),
         Route("torchao", "model", _torchao, _TRANSFORMERS, folders=True, folder=True),
         Route("gguf", "model.gguf", _gguf, "llama-server -m {path}", folders=True, streams=True),
