@@ -14,7 +14,7 @@ import torch
 from gguf import quants
 from tests.cases import Q4_0, Q4_1, QUANTIZERS, gaussian, seeded
 
-from stepwell import packing
+from stepwell import packing, quantizers
 from stepwell.blocks import to_blocks
 from stepwell.formats import integer
 from stepwell.presets import int4, intn, mxfp4, nvfp4
@@ -31,6 +31,16 @@ def test_decoding_equals_the_call_bit_for_bit(quantizer, dtype):
     assert torch.equal(quantizer.encode(weight).decode(), quantizer(weight))
     drawn = quantizer.encode(weight, rounding=stochastic(seeded(1)))
     assert torch.equal(drawn.decode(), quantizer(weight, rounding=stochastic(seeded(1))))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_pieces_have_the_codes_of_the_whole(quantizer, monkeypatch):
+    weight = gaussian(12, 64, seed=5)
+    whole = quantizer.encode(weight).codes
+    assert quantizers.PIECE > weight.numel()
+    for piece in (1, 96, 250):  # a block at a time, several, and a last piece that is smaller
+        monkeypatch.setattr(quantizers, "PIECE", piece)
+        assert torch.equal(quantizer.encode(weight).codes, whole)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)

@@ -74,9 +74,9 @@ def round_up(magnitudes: Tensor, format: Format) -> Tensor:
 
 def to_codes(values: Tensor, format: Format) -> Tensor:
     """Return the stored codes, int8 (uint8 where they exceed 127), of exact grid values `(*shape)`."""
-    dtype = torch.uint8 if max(format.codes) > 127 else torch.int8
+    dtype = code_dtype(format)
     if format.uniform:
-        return (values + format.shift).to(torch.int16).to(dtype)
+        return (values + format.shift if format.shift else values).to(dtype)
     if format.mantissa is not None:
         step = _step(values, format)
         code = (values / step).abs_()
@@ -84,6 +84,11 @@ def to_codes(values: Tensor, format: Format) -> Tensor:
         return code.add_(values < 0, alpha=2 ** (format.bits - 1)).to(torch.int16).to(dtype)
     table = _tables(format, values.dtype, values.device)
     return table.codes.to(dtype)[torch.searchsorted(table.values, values.contiguous())]
+
+
+def code_dtype(format: Format) -> torch.dtype:
+    """Return the dtype that codes are stored in."""
+    return torch.uint8 if max(format.codes) > 127 else torch.int8
 
 
 def from_codes(codes: Tensor, format: Format, dtype: torch.dtype) -> Tensor:

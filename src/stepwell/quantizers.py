@@ -17,6 +17,7 @@ from stepwell.rounding import Bracket, Rounding
 from stepwell.scales import Fit, Rule, ScaleDtype, ScaleRounding, Zero
 
 Compute = Literal["fp16", "bf16"] | None
+PIECE = 1 << 17  # weights that are encoded together on a CPU
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ class Quantizer:
         `encode(w).decode().to(w.dtype)` equals `self(w)` bit for bit; without the cast, for float32 and float64 weights.
         """
         blocks, fit, tensor_scale = self.prepare(weight, scale)
-        values = grids.round_nearest(fit.to_units(blocks), self.format) if rounding is None else self._round(blocks, fit, rounding)
+        codes = self._codes(blocks, fit) if rounding is None else grids.to_codes(self._round(blocks, fit, rounding), self.format)
         shape = tuple(weight.shape)
         grouped = scale_shape(shape, self.block, self.axis)
         stored = fit.scale if tensor_scale is None else _factor(fit.scale, tensor_scale)
         zeros = fit.zero if fit.minimum is None else fit.minimum
         return Encoded(
-            codes=from_blocks(grids.to_codes(values, self.format), shape, self.block, self.axis).contiguous(),
+            codes=from_blocks(codes, shape, self.block, self.axis).contiguous(),
             scales=stored.reshape(grouped),
             quantizer=self,
             tensor_scale=tensor_scale,
@@ -240,6 +241,16 @@ class Quantizer:
         if self.zero == "minimum":
             return Fit(scale, minimum=scales.store(low, self.scale_dtype, self.scale_rounding))
         return Fit(scale, zero=scales.zero_point(low, high, scale, self.format))
+
+    def _codes(self, blocks: Tensor, fit: Fit) -> Tensor:
+        """Return the codes `(blocks, block)` of the nearest grid values, piece by piece: what lies in between stays in the cache."""
+        codes = torch.empty(blocks.shape, dtype=grids.code_dtype(self.format), device=blocks.device)
+        together = max(1, PIECE // blocks.shape[1]) if blocks.device.type == "cpu" else len(blocks)
+        for start in range(0, len(blocks), together):
+            stop = start + together
+            units = fit.rows(start, stop).to_units(blocks[start:stop])
+            codes[start:stop] = grids.to_codes(grids.round_nearest(units, self.format), self.format)
+        return codes
 
     def _round(self, blocks: Tensor, fit: Fit, rounding: Rounding) -> Tensor:
         """Return the grid values that a rounding rule picks, in units of the scale."""

@@ -41,7 +41,9 @@ def matrix(*shape, seed=0):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_gguf_decodes_our_blocks_to_our_weights(kind):
+@pytest.mark.parametrize("piece", [gguf_blocks.PIECE, 1280])  # all at once; in pieces, the last of which is smaller
+def test_gguf_decodes_our_blocks_to_our_weights(kind, piece, monkeypatch):
+    monkeypatch.setattr(gguf_blocks, "PIECE", piece)
     weight = matrix(6, 512)
     weight[0, :256] = 0  # scales of zero
     encoded = kind.target.quantizer.encode(weight)

@@ -9,12 +9,14 @@ Source: ggml's block structs, as in `gguf.quants`. Codes are stored as `code + o
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from stepwell.quantizers import Encoded
 from stepwell.runtimes import Target, holders, targets
 
 Bytes = NDArray[np.uint8]
+PIECE = 1 << 17  # codes that are packed together
 _TERNARY_POWERS = np.array([81, 27, 9, 3, 1], dtype=np.uint16)  # five ternary digits fill a byte
 
 
@@ -102,14 +104,18 @@ def choose(encoded: Encoded, *, ternary: str = "TQ2_0") -> Kind:
 
 
 def pack(encoded: Encoded, kind: Kind) -> Bytes:
-    """Return an encoded matrix as rows of blocks, `(rows, bytes)`."""
+    """Return an encoded matrix as rows of blocks, `(rows, bytes)`; a piece at a time, so that what lies in between stays in the cache."""
     rows = encoded.codes.shape[0]
-    blocks = encoded.codes.cpu().numpy().astype(np.int16).reshape(-1, kind.block) + np.int16(kind.offset)
-    codes = _PACK.get(kind.name, _nibbles)(blocks.astype(np.uint8))
-    head = _scales(encoded, kind)
-    parts = [codes, head] if kind.scale_last else [head, codes]
-    packed = np.concatenate(parts, axis=1)
-    assert packed.shape[1] == kind.bytes, f"{kind.name} takes {kind.bytes} bytes"
+    blocks = encoded.codes.cpu().contiguous().to(torch.int8).numpy().view(np.uint8).reshape(-1, kind.block)
+    packed = np.empty((len(blocks), kind.bytes), dtype=np.uint8)
+    body = packed[:, : -kind.head] if kind.scale_last else packed[:, kind.head :]
+    head = packed[:, -kind.head :] if kind.scale_last else packed[:, : kind.head]
+    head[...] = _scales(encoded, kind)
+    assert body.shape[1] == kind.bytes - kind.head
+    together, form = max(1, PIECE // kind.block), _PACK.get(kind.name, _nibbles)
+    for start in range(0, len(blocks), together):
+        piece = slice(start, start + together)
+        body[piece] = form(blocks[piece] + np.uint8(kind.offset) if kind.offset else blocks[piece])  # below zero it wraps, and comes back
     return packed.reshape(rows, -1)
 
 
@@ -156,9 +162,14 @@ def _scales(encoded: Encoded, kind: Kind) -> Bytes:
 
 
 def _nibbles(codes: Bytes) -> Bytes:
-    """Return two codes per byte: the first half of a block in the low nibbles, the second in the high ones."""
-    half = codes.shape[1] // 2
-    return codes[:, :half] | (codes[:, half:] << np.uint8(4))
+    """Return two codes per byte: the first half of a block in the low nibbles, the second in the high ones; eight bytes at once."""
+    words = codes.view(np.uint64)
+    half = words.shape[1] // 2
+    packed = np.empty((len(words), half), dtype=np.uint64)
+    for place in range(half):  # column by column: numpy's loop is long then
+        np.left_shift(words[:, half + place], np.uint64(4), out=packed[:, place])
+        packed[:, place] |= words[:, place]
+    return packed.view(np.uint8)
 
 
 def _from_nibbles(body: Bytes) -> Bytes:
