@@ -270,18 +270,25 @@ def test_batchnorm_is_estimated_anew_for_losses_and_frozen_in_lines():
     loss = sw.probes.over(entropy, measuring)
     line = sw.probes.segment(model, loss, toward=q, positions=(0.0, 1.0))
     settled = sw.probes.segment(model, loss, toward=q, positions=(0.0, 1.0)).final
-    deployed = copy.deepcopy(model).eval()
-    sw.ptq.rtn(deployed, q)
-    for module in deployed.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-    with torch.no_grad():
-        for x, _ in batches[::3]:
-            deployed(x)
-        deployed.eval()
-        assert report.rtn.loss == pytest.approx(loss(deployed).item(), rel=1e-5)
+
+    def deployed(grids):
+        found = copy.deepcopy(model).eval()
+        sw.ptq.rtn(found, grids)
+        for module in found.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.reset_running_stats()
+                module.momentum = None
+                module.train()
+        with torch.no_grad():
+            for x, _ in batches[::3]:
+                found(x)
+            return loss(found.eval()).item()
+
+    assert report.rtn.loss == pytest.approx(deployed(q), rel=1e-5)
+    for one in report.closer.layers:
+        assert one.alone == pytest.approx(deployed({one.name: q, "*": None}) - explanation.start, abs=1e-5)
+        assert one.removed == pytest.approx(report.rtn.loss - deployed({one.name: None, "*": q}), abs=1e-5)
+    assert explanation.settled
     assert report.rtn.increase == pytest.approx(report.verdict.estimates[0].increase, rel=1e-5)  # the verdict judges the same number
     assert report.rtn.loss != pytest.approx(settled, rel=1e-5)  # which would have seen the data that measures
     assert report.line.losses[report.line.positions.index(1.0)] == pytest.approx(line.losses[1], rel=1e-6)

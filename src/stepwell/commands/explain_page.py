@@ -5,7 +5,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from stepwell.commands.explain_figures import gradients, layers, lines, losses, ratios, searches, slices
-from stepwell.commands.explain_words import counted, headline, named, near, signed, verdict, worst
+from stepwell.commands.explain_words import by, counted, decisive, headline, named, near, signed, verdict, worst
 from stepwell.explain.records import Explanation, GridReport
 from stepwell.explain.sources import Subject
 from stepwell.report import Finding, Page, Section, Table
@@ -75,16 +75,17 @@ def _verdicts(explanation: Explanation) -> Section:
     rows: list[list[Cell]] = []
     why: list[list[Cell]] = []
     for report in explanation.grids:
-        one = report.verdict
+        one, known = report.verdict, decisive(report)
         rows.append(
             [
-                named(report, explanation), headline(report), signed(one.predicted), f"{one.low:.3g} to {one.high:.3g}",
-                one.safe or "none", "not judged" if math.isnan(one.hit_rate) else f"{one.hit_rate:.0%}",
+                named(report, explanation), headline(report), by(known.method),
+                signed(known.increase), f"{known.low:.3g} to {known.high:.3g}",
+                by(one.safe or "nothing"), "not judged" if math.isnan(one.hit_rate) else f"{one.hit_rate:.0%}",
                 f"{one.cost.forward} + {one.cost.backward} backward",
             ]
         )  # fmt: skip
         why.append([named(report, explanation), "; ".join(one.reasons) + "."])
-    columns = ["grid", "verdict", "expected increase", "interval", "surely enough", "right elsewhere", "passes of its probes"]
+    columns = ["grid", "verdict", "looked at", "expected increase", "interval", "surely enough", "right elsewhere", "passes of its probes"]
     return Section(
         "What to do",
         paragraphs=[explanation.worth],
@@ -116,6 +117,14 @@ def _basin(subject: Subject, explanation: Explanation) -> Section:
             "weights, in widths of the basin: measured along random directions that scale with the weights (rho_fn, the mean of three) or "
             "along uniform noise of the grid's size (rho_uniform). Around 1 it cannot tell: between 0.77 and 1.7 rounding has been seen to "
             "fail and to work.",
+            *(
+                [
+                    "BatchNorm keeps the float weights' statistics here. The losses above are those with statistics re-estimated for the "
+                    "rounded weights, so rounding may work where a ratio or a line says that it fails."
+                ]
+                if explanation.settled
+                else []
+            ),
         ],
         figures=[
             figure for scheme in _schemes(explanation) for figure in (ratios(explanation, scheme), lines(explanation, scheme, subject.unit))
@@ -148,6 +157,8 @@ def _closer(subject: Subject, explanation: Explanation, report: GridReport) -> S
         f"{behind.changed:.2%} of the codes have moved. Clipping the float weights to the grid's range alone costs "
         f"{signed(behind.clipped_loss - explanation.start)}."
     )
+    if explanation.settled:
+        paragraphs.append("But for the damage of single weights, BatchNorm keeps the float weights' statistics in this section.")
     ranked: list[list[Cell]] = [
         [place, one.name, one.weights, signed(one.alone), signed(one.removed)]
         for place, one in enumerate(report.closer.layers[:MOST_LAYERS], 1)

@@ -1,7 +1,7 @@
 """What `stepwell explain` prints: a table per scheme that fits 80 columns, and what it took."""
 
 from stepwell.advice.reasons import HOW
-from stepwell.commands.explain_words import aligned, headline, measured, near, searched, worst
+from stepwell.commands.explain_words import aligned, decisive, headline, measured, near, searched, worst
 from stepwell.explain.records import Explanation, GridReport
 
 
@@ -39,8 +39,8 @@ def cost(explanation: Explanation) -> list[str]:
 
 def _row(report: GridReport, tolerance: float) -> dict[str, object]:
     searched = min(one.increase for one in report.rounded[1:3])
-    verdict = report.verdict
-    low, high = (aligned(end, tolerance, sign="-") for end in (verdict.low, verdict.high))
+    known = decisive(report)
+    low, high = (aligned(end, tolerance, sign="-") for end in (known.low, known.high))
     return {
         "bits": report.bits,
         "RTN": aligned(report.rtn.increase, tolerance),
@@ -48,13 +48,16 @@ def _row(report: GridReport, tolerance: float) -> dict[str, object]:
         "GPTQ": aligned(report.gptq.increase, tolerance),
         "rho": f"{report.rho_fn:.2f}",
         "verdict": headline(report),
-        "expected": f"{aligned(verdict.predicted, tolerance)} ({low} to {high})" if measured(report) else "unknown",
+        "expected": f"{aligned(known.increase, tolerance)} ({low} to {high})" if measured(report) else "unknown",
     }
 
 
 def _note(reports: list[GridReport], explanation: Explanation) -> str:
     """Return what the closer look says."""
-    words = ["searched: the better of scales searched without and with curvature; expected: of the verdict's method, with its interval."]
+    words = [
+        "searched: the better of scales searched without and with curvature; expected: of the verdict's method, or of the one that is in "
+        "doubt, with its interval."
+    ]
     if any("train" in (report.verdict.method, report.verdict.safe) for report in reports):
         words.append(f"train: {HOW.removeprefix('train ')}")
     if any(headline(report).endswith("or less") for report in reports):

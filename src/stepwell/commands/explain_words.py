@@ -2,6 +2,8 @@
 
 import math
 
+from stepwell.advice.forecast import Estimate
+from stepwell.advice.verdict import decide
 from stepwell.explain.records import Explanation, GridReport, Search
 
 VERDICTS = {
@@ -19,6 +21,7 @@ def signed(value: float) -> str:
     >>> signed(0.012345), signed(-3.25), signed(float("inf"))
     ('+0.0123', '-3.25', '+inf')
     """
+    value += 0.0  # no sign before a zero that was negative
     return f"{value:+.3g}" if abs(value) >= 0.001 or value == 0 else f"{value:+.1e}"
 
 
@@ -27,12 +30,14 @@ def aligned(value: float, tolerance: float, sign: str = "+") -> str:
 
     >>> aligned(0.29871, 0.1), aligned(-0.00012, 0.1), aligned(12.3456, 0.1), aligned(0.2, 1.0, sign="-")
     ('+0.299', '-0.000', '+12.35', '0.20')
+    >>> aligned(-0.00584, 0.05), aligned(-0.00584, 0.01)
+    ('-0.006', '-0.0058')
     >>> aligned(3.14e-8, 1e-7)  # so many zeros would not fit
     '+3.1e-08'
     """
     if not 1e-4 <= tolerance < 1e5:
         return f"{value:{sign}.1e}"
-    decimals = max(0, 2 - math.floor(math.log10(tolerance)))
+    decimals = max(0, 2 - math.ceil(math.log10(tolerance)))
     return f"{value:{sign}.{max(decimals - (abs(value) >= 10), 0)}f}"
 
 
@@ -62,36 +67,40 @@ def headline(report: GridReport) -> str:
     return f"{one.safe}, or less" if one.method == "uncertain" and one.safe else VERDICTS[one.method]
 
 
-def expected(report: GridReport) -> str:
-    """Return the predicted increase and its interval."""
-    verdict = report.verdict
-    return f"{signed(verdict.predicted)} ({brief(verdict.low)} to {brief(verdict.high)})"
+def decisive(report: GridReport) -> Estimate:
+    """Return what the headline is about: the method that it names, or the one whose sufficiency is in doubt."""
+    one = report.verdict
+    if one.method == "uncertain" and one.safe:
+        return next(known for known in one.estimates if known.method == one.safe)
+    return decide(one.estimates, one.tolerance, share=one.share, forecasts=not math.isnan(one.hit_rate))[1]
+
+
+def by(method: str) -> str:
+    """Return a method as a noun."""
+    return "training" if method == "train" else method
 
 
 def verdict(report: GridReport) -> str:
     """Say what to expect of the method that is advised, and what else is known."""
-    one = report.verdict
-    method = "training" if one.method in ("train", "not reachable") else one.method if one.method != "uncertain" else "the first candidate"
-    words = f"Expected increase by {method}: {expected(report)}."
+    one, known = report.verdict, decisive(report)
+    words = f"Expected increase by {by(known.method)}: {signed(known.increase)} ({brief(known.low)} to {brief(known.high)})"
     if not measured(report):
-        words = f"Nothing that was measured is enough, and no forecast holds at a tolerance of {one.tolerance:g}."
-    if one.method == "uncertain":
-        words += f" Surely enough: {'training' if one.safe == 'train' else one.safe or 'nothing that was looked at'}."
-    if one.method != "RTN":
-        words += f" Rounding to nearest: {signed(report.rtn.increase)}."
-    return words + searched(report)
+        words = f"Nothing that was measured is enough, and no forecast holds at a tolerance of {one.tolerance:g}"
+    elif one.method == "uncertain":
+        words += ", surely enough" if one.safe else ", too close to call; nothing that was looked at is surely enough"
+    rtn = "" if known.method == "RTN" else f" Rounding to nearest: {signed(report.rtn.increase)}."
+    return f"{words}.{rtn}{searched(report)}"
 
 
 def measured(report: GridReport) -> bool:
     """Say whether the number that a verdict is about was measured, or forecast by a formula that holds at this tolerance."""
-    one = report.verdict
-    return not math.isnan(one.hit_rate) or any(known.measured and known.increase == one.predicted for known in one.estimates)
+    return not math.isnan(report.verdict.hit_rate) or decisive(report).measured
 
 
 def searched(report: GridReport) -> str:
     """Say, where neither RTN nor GPTQ is enough, that searched scales are: no verdict is given on them, but they were measured."""
     best = min(report.rounded[1:3], key=lambda one: one.increase)
-    if report.verdict.method in ("RTN", "GPTQ") or not best.within:
+    if {report.verdict.method, report.verdict.safe} & {"RTN", "GPTQ"} or not best.within:
         return ""
     kind = "weighted by curvature" if best.method == "curvature scales" else "searched by squared error"
     return (
@@ -104,6 +113,8 @@ def worst(report: GridReport) -> str:
     """Say which weight hurts most, in one sentence."""
     assert report.closer is not None
     first = report.closer.layers[0]
+    if first.alone <= 0:
+        return "No weight raises the loss when it alone is rounded."
     return (
         f"{first.name} does the most damage: rounded alone it raises the loss by {signed(first.alone)}; left in float while all others are "
         f"rounded, it changes the loss by {signed(-first.removed)}."
@@ -116,7 +127,7 @@ def damage(report: GridReport) -> str:
     layers, together = report.closer.layers, report.rtn.increase
     total = sum(max(one.alone, 0.0) for one in layers)
     if total <= 0:
-        return "No weight raises the loss when it alone is rounded."
+        return worst(report)
     if not math.isfinite(total + together):
         return f"{layers[0].name} does the most damage; the loss overflows, so shares cannot be given."
     return (
@@ -131,6 +142,7 @@ def near(report: GridReport, explanation: Explanation) -> str:
     assert report.closer is not None
     searches, tolerance = report.closer.searches, explanation.tolerance
     best = min(searches, key=lambda one: (not one.within, one.held_out))
+    below = best.held_out < -tolerance
     if best.within and not explanation.held_out:
         return (
             f"{_opening(best)} found a grid point with {signed(best.held_out)}, no code more than one step from the rounded weights and "
@@ -141,6 +153,7 @@ def near(report: GridReport, explanation: Explanation) -> str:
             f"{_opening(best)} found a grid point with {signed(best.held_out)} on batches that it did not see, no code more than "
             f"one step from the rounded weights and {best.changed:.1%} of them moved: proof that such points exist"
             + (", as rounding itself is one." if report.rtn.within else ", which rounding to nearest missed.")
+            + (" It is below the float loss: more training gains something on such data, with or without rounding." if below else "")
         )
     budget = " and ".join(_budget(one) for one in searches)
     if not explanation.held_out:

@@ -64,7 +64,7 @@ def look(model: nn.Module, data: Data, rounded: Point, gptq: Point, *, tolerance
         after = inward(model, data.measuring, at=box.found, toward=floats, baseline=data.start, tolerance=tolerance)
         behind = latent(model, data.measuring, at=box.found, start=floats)
     return Closer(
-        layers=damage(model, data.measuring, rounded),
+        layers=damage(model, data.measuring, rounded, settle=data.searching),
         gptq_line=segment(model, data.measuring, toward=gptq, positions=effort.positions),
         quadratic=quadratic(model, data.measuring, toward=rounded),
         searches=(_flipped(flip, data, tolerance), _trained(box, data, tolerance, effort.steps)),
@@ -77,14 +77,17 @@ def look(model: nn.Module, data: Data, rounded: Point, gptq: Point, *, tolerance
     )
 
 
-def damage(model: nn.Module, losses: Losses, rounded: Point) -> tuple[Damage, ...]:
-    """Return what rounding each weight alone does, and what leaving it alone in float saves, the most harmful first."""
+def damage(model: nn.Module, losses: Losses, rounded: Point, *, settle: Losses) -> tuple[Damage, ...]:
+    """Return what rounding each weight alone does, and what leaving it alone in float saves, the most harmful first.
+
+    BatchNorm statistics are re-estimated on the data of `settle` every time, as they are for the loss after rounding everything.
+    """
     found = []
     with staged(model, losses, rounded) as stage:
 
         def at(chosen: set[str]) -> float:
             stage.put(lambda name, base: weight(rounded[name], base) if name in chosen else base)
-            return stage.loss()
+            return stage.settled(settle)
 
         every = set(rounded)
         together = at(every)

@@ -78,8 +78,7 @@ def measure(
         lines = [segment(model, data.measuring, toward=one.points["RTN"], positions=effort.positions) for one in found]
     closer = _closer(model, data, grids, found, tally, asked)
     with tally.part("advice"):
-        known = [_known(one.rounded) for one in found]
-        advice = judge(model, counted, parts, quantizers=quantizers, known=known, tolerance=tolerance, skip=skip)
+        advice = judge(model, counted, parts, quantizers=quantizers, known=_known(found), tolerance=tolerance, skip=skip)
     return Explanation(
         tolerance=tolerance,
         start=data.start,
@@ -88,9 +87,10 @@ def measure(
         weights=sum(row.parameter.numel() for row in grids[0].rows),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=len(grids[0].rows),
-        floats=tuple(Left(row.name, row.parameter.numel(), row.reason) for row in select(model, True, skip=skip) if row.choice is None),
+        floats=_floats(model, skip),
         batches=(len(parts.calibrating), len(parts.measuring)),
         held_out=parts.calibrating is not parts.measuring,
+        settled=_has_batchnorm(model),
         grids=tuple(_reports(grids, found, ratios, lines, advice, closer)),
         worth=advice.notes[-1],
         notes=(parts.note, *_notes(model, beyond), *warned),
@@ -193,13 +193,15 @@ def _ratios(model: nn.Module, data: Data, points: Sequence[Point], tally: Tally,
     return found
 
 
-def _known(rounded: Sequence[Rounded]) -> Known:
-    """Return what the verdict need not measure again."""
-    rtn, gptq = rounded[0], rounded[-1]
-    return {
-        "RTN": (Estimate("RTN", rtn.increase, rtn.low, rtn.high, True), rtn.forward),
-        "GPTQ": (Estimate("GPTQ", gptq.increase, gptq.low, gptq.high, True), gptq.forward),
-    }
+def _known(found: Sequence[_Found]) -> list[Known]:
+    """Return what the verdict need not measure again, grid by grid."""
+    return [
+        {
+            "RTN": (Estimate("RTN", rtn.increase, rtn.low, rtn.high, True), rtn.forward),
+            "GPTQ": (Estimate("GPTQ", gptq.increase, gptq.low, gptq.high, True), gptq.forward),
+        }
+        for rtn, *_, gptq in (one.rounded for one in found)
+    ]
 
 
 def _closer(
@@ -250,6 +252,11 @@ def _reports(
     ]
 
 
+def _floats(model: nn.Module, skip: Sequence[str]) -> tuple[Left, ...]:
+    """Return the parameters that stay in float."""
+    return tuple(Left(row.name, row.parameter.numel(), row.reason) for row in select(model, True, skip=skip) if row.choice is None)
+
+
 @contextmanager
 def _collected() -> Iterator[list[str]]:
     """Give what is warned about a Hessian inside as sentences afterwards; other warnings go their way then."""
@@ -267,11 +274,15 @@ def _collected() -> Iterator[list[str]]:
 def _notes(model: nn.Module, beyond: frozenset[str]) -> list[str]:
     """Return what a reader of the numbers must know."""
     notes = []
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if _has_batchnorm(model):
         notes.append(
-            "BatchNorm statistics are re-estimated on the calibrating batches for the losses after rounding, as they should be in "
-            "deployment, and frozen in lines, widths, searches and slices."
+            "BatchNorm statistics are re-estimated on the calibrating batches for the losses after rounding and the damage of single "
+            "weights, as they should be in deployment, and frozen in lines, widths, searches and slices."
         )
     if beyond:
         notes.append(f"GPTQ cannot calibrate {', '.join(sorted(beyond))}: these are rounded to nearest in its place.")
     return notes
+
+
+def _has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

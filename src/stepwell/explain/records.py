@@ -58,7 +58,7 @@ class Damage:
     Attributes:
         name: of the parameter.
         weights: how many elements it has.
-        alone: increase of the loss when only this one is rounded.
+        alone: increase of the loss when only this one is rounded, with BatchNorm statistics re-estimated as for all.
         removed: how much less the loss increases when all are rounded but this one.
     """
 
@@ -187,6 +187,8 @@ class Explanation:
         floats: the others.
         batches: (for searching and calibrating, for measuring).
         held_out: whether these are different ones; with a single batch they are not.
+        settled: whether there is BatchNorm, so that losses after rounding and the damage of single weights are those with re-estimated
+            statistics; everything else keeps the float weights'.
         grids: one report per grid, in the order given.
         worth: what such verdicts were worth on other networks, in words.
         notes: what holds for all numbers, in words: first how the batches were divided.
@@ -204,6 +206,7 @@ class Explanation:
     floats: tuple[Left, ...]
     batches: tuple[int, int]
     held_out: bool
+    settled: bool
     grids: tuple[GridReport, ...]
     worth: str
     notes: tuple[str, ...]
