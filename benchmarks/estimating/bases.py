@@ -91,6 +91,13 @@ def xavier(model: nn.Module, *, only: str = "", fill: Callable[[Tensor], Tensor]
             nn.init.zeros_(layer.bias)
 
 
+def xavier_matrices(model: nn.Module) -> None:
+    """Draw every matrix by Glorot's rule, embeddings and positions as well, and leave the rest."""
+    for one in model.parameters():
+        if one.dim() > 1:
+            nn.init.xavier_uniform_(one)
+
+
 def packed_attention(model: nn.Module) -> None:
     """Start the attention as torch's own MultiheadAttention: packed projection by Glorot's rule, its biases and those after it zero."""
     xavier(model, only="qkv")
@@ -184,10 +191,14 @@ def variants() -> dict[str, Base]:
         "linear N(0, .03), between ours and GPT-2's": (partial(normal, spread=0.03),),
         "embeddings N(0, 1), positions N(0, .02)": (partial(wide_bytes, positions=0.02),),
         "embeddings N(0, 1), positions zero": (partial(wide_bytes, positions=0.0),),
+        "embeddings N(0, 1), no biases": (wide_embedding, bare),
+        "embeddings N(0, 1), positions N(0, .02), no biases": (partial(wide_bytes, positions=0.02), bare),
         "embeddings N(0, 1), no biases, RMSNorm": (wide_embedding, bare, rms_norm),
         "linear N(0, .02), no biases, RMSNorm": (gpt2, bare, rms_norm),
         "linear N(0, .02), no biases": (gpt2, bare),
         "linear xavier uniform, biases zero": (xavier,),
+        "all matrices xavier uniform": (xavier_matrices,),
+        "embeddings N(0, 1), positions N(0, .02), linear xavier uniform, biases zero": (partial(wide_bytes, positions=0.02), xavier),
         "linear xavier normal, biases zero": (partial(xavier, fill=nn.init.xavier_normal_),),
         "attention as nn.MultiheadAttention": (packed_attention,),
         "embeddings N(0, 1), attention as nn.MultiheadAttention": (wide_embedding, packed_attention),
@@ -204,6 +215,7 @@ def variants() -> dict[str, Base]:
         "text without tests, linear N(0, .02), residual smaller": (smaller,),
         "text without tests, embeddings N(0, 1)": (wide_embedding,),
         "text without tests, embeddings N(0, 1), positions N(0, .02)": (partial(wide_bytes, positions=0.02),),
+        "text without tests, embeddings N(0, 1), positions N(0, .02), no biases": (partial(wide_bytes, positions=0.02), bare),
         "text without tests, no biases, RMSNorm": (bare, rms_norm),
     }
     named = [
