@@ -79,10 +79,13 @@ METHODS: dict[str, Callable[[Quantizer], Method]] = {
     "held scales, lotion": lambda q: sw.held(sw.lotion(q, loss_terms=TERMS, forward="nearest")),
     "lsq": sw.lsq,
     "learned scales, parq": lambda q: sw.learned(sw.parq(q, slope=sigmoid(1, 0, steps=ANNEALED))),
+    "carried weights": lambda q: sw.learned(sw.lotion(q, loss_terms=TERMS, forward="nearest"), rate=0.02, carry=True),
     "learned scales, latent": lambda q: sw.learned(sw.lotion(q, loss_terms=TERMS)),
     "default": lambda q: recipe(q, steps=ANNEALED, loss_terms=TERMS),
 }
-OWN_SCALES = ("held scales", "held scales, lotion", "lsq", "learned scales, parq", "learned scales, latent")  # none with zero points
+OWN_SCALES = (  # none with zero points
+    "held scales", "held scales, lotion", "lsq", "learned scales, parq", "carried weights", "learned scales, latent"
+)  # fmt: skip
 ROUNDED = [
     name
     for name in METHODS

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from tests.cases import GRIDS, gaussian
-from tests.reference.relatives import Fake
+from tests.reference.relatives import Carried, Fake
 from tests.run.training import batches, latents, network, train, weights
 
 import stepwell as sw
@@ -59,6 +59,69 @@ def test_lsq_is_a_module_with_torchs_adam_on_the_log_scale(quantizer):
     torch.testing.assert_close(scales_of(optimizer), reference.sign * reference.theta.detach().exp(), rtol=1e-9, atol=0)
     torch.testing.assert_close(latents(run, layer)["weight"], reference.weight.detach(), rtol=0, atol=1e-9)
     assert (scales_of(optimizer).abs().log() - reference.theta.detach().mean()).abs().max() > 0.05  # they have learned
+
+
+@pytest.mark.parametrize("quantizer", [sw.int3(block=8), sw.intn(3, block=16, levels="full")], ids=str)
+def test_carried_weights_follow_torchs_adam_on_scales_that_keep_the_codes(quantizer):
+    """Weights and scales of thirty steps against autograd's slope at fixed codes, to what rounding errors grow to."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 6, bias=False, dtype=torch.float64)
+    start = layer.weight.detach().clone()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02)
+    run = sw.attach(layer, sw.learned(sw.ste(quantizer), rate=0.03, carry=True), optimizer)
+    state = optimizer.state_dict()
+    state["state"][0]["method_tensor_scale"] *= 0.97  # off the very edge
+    optimizer.load_state_dict(state)
+    reference = Carried(start, scales_of(optimizer), quantizer.block, quantizer.format.low, quantizer.format.high)
+    outer = torch.optim.AdamW([reference.weight], lr=0.02)
+    scales = torch.optim.AdamW([reference.theta], lr=0.03, weight_decay=0.0)
+    for step in range(30):
+        for group, made in ((optimizer.param_groups[0], 0.02), (outer.param_groups[0], 0.02), (scales.param_groups[0], 0.03)):
+            group["lr"] = made * (1 - step / 40)
+        inputs, targets = gaussian(32, 16, seed=step, dtype=torch.float64), gaussian(32, 6, seed=-step - 1, dtype=torch.float64)
+        for model, steppers in ((layer, [optimizer]), (reference, [scales, outer])):
+            for stepper in steppers:
+                stepper.zero_grad()
+            (model(inputs) - targets).square().mean().backward()
+            before = reference.theta.detach().clone()
+            steppers[0].step()
+            if model is reference:
+                with torch.no_grad():
+                    reference.weight.view(-1, reference.block).mul_((reference.theta - before).exp())
+                outer.step()
+    torch.testing.assert_close(scales_of(optimizer), reference.sign * reference.theta.detach().exp(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(latents(run, layer)["weight"], reference.weight.detach(), rtol=0, atol=1e-9)
+    assert (scales_of(optimizer).abs().log() - reference.theta.detach().mean()).abs().max() > 0.05
+
+
+def test_carrying_changes_no_code():
+    """Where the optimizer hardly moves weights, scales move by two percent per step, and weights with them."""
+    layer = torch.nn.Linear(64, 8, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-12)
+    run = sw.attach(layer, sw.learned(sw.ste(sw.intn(3, block=16, levels="full")), rate=0.02, carry=True), optimizer)
+    codes, scales, weight = run.encoded()["weight"].codes, scales_of(optimizer), latents(run, layer)["weight"]
+    for _ in range(3):
+        layer.weight.grad = gaussian(8, 64, seed=1)
+        optimizer.step()
+    assert torch.equal(run.encoded()["weight"].codes, codes)
+    factor = scales_of(optimizer) / scales
+    assert (factor.log().abs() > 0.01).all()
+    torch.testing.assert_close(latents(run, layer)["weight"], (weight.reshape(-1, 16) * factor).reshape(8, 64))
+
+
+def test_weights_in_half_precision_are_not_carried():
+    """Steps of a percent would be rounded away there, and the scales would learn from a slope that nothing follows."""
+    found = []
+    for carry in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(64, 8, bias=False, dtype=torch.bfloat16)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        sw.attach(layer, sw.learned(sw.ste(sw.int3(block=16)), carry=carry), optimizer)
+        layer.weight.grad = gaussian(8, 64, seed=1).bfloat16()
+        optimizer.step()
+        found.append((scales_of(optimizer), layer.weight.detach().clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def middle(reference, x):
@@ -214,6 +277,7 @@ def test_weights_loaded_after_attach_get_scales_of_their_own():
         (lambda: sw.lsq(sw.int4(), rate=math.nan), "`rate`"),
         (lambda: sw.learned(sw.ste(sw.int4()), betas=(0.9, 1.0)), "`betas`"),
         (lambda: sw.learned(sw.ste(sw.int4()), eps=0.0), "`eps`"),
+        (lambda: sw.learned(sw.lotion(sw.int4(), loss_terms=8), carry=True), "`carry` needs a rounded forward pass.*lotion has none"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

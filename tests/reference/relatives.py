@@ -67,3 +67,16 @@ class Fake(nn.Module):
         clamped = (self.weight.reshape(-1, self.block) / scale).clamp(self.low, self.high)
         rounded = clamped + (clamped.round() - clamped).detach()
         return x @ (rounded * scale).reshape(self.weight.shape).T
+
+
+class Carried(Fake):
+    """The same layer where codes stay when a scale moves: the caller multiplies each block's weight by what its scale was multiplied by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x q(W)^T; the scale sees its codes, the weight a slope of one inside the grid."""
+        scale = self.sign * self.theta.exp()
+        blocks = self.weight.reshape(-1, self.block)
+        units = (blocks / scale).detach()
+        inside = (units == units.clamp(self.low, self.high)).to(blocks)
+        rounded = units.clamp(self.low, self.high).round() * scale + (blocks - blocks.detach()) * inside
+        return x @ rounded.reshape(self.weight.shape).T

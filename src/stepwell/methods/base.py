@@ -35,6 +35,8 @@ class Context(NamedTuple):
         offset: index of the first element of the first row within the whole parameter.
         scheduled: the values of the method's schedules at this step, 0-dim each; numbers would compile a new graph at every step.
         correction: 0-dim, bias correction of Adam's second moment where `prox` is given that as its curvature; None elsewhere.
+        carries: whether weights will be multiplied by as much as their scale is moved: the method's own word, but never in half precision,
+            where most such steps would be rounded away.
     """
 
     quantizer: Quantizer
@@ -47,6 +49,7 @@ class Context(NamedTuple):
     offset: int
     scheduled: Mapping[str, Tensor] = NOTHING
     correction: Tensor | None = None
+    carries: bool = False
 
     def fitted(self, weight: Tensor) -> Fit:
         """Return the Run's scales for these rows, or refit them."""
@@ -85,6 +88,7 @@ class Method(NamedTuple):
         counted: whether `context.loss_terms` is needed although the curvature is not the optimizer's.
         unbiased: whether the method takes randomized rounding for unbiased, which it is only inside the grid.
         strength: of a penalty whose gradient moves the weights, in theory's unit; what its stability is judged by.
+        carries: whether the latent weights of a block are multiplied by as much as `gradient` has moved its own "scale".
     """
 
     quantizer: Quantizer
@@ -101,6 +105,7 @@ class Method(NamedTuple):
     counted: bool = False
     unbiased: bool = False
     strength: float | Schedule | None = None
+    carries: bool = False
 
     @property
     def deploys_nearest(self) -> bool:

@@ -3,7 +3,8 @@
 Source: Esser et al., "Learned Step Size Quantization" (arXiv:1902.08153), Eq. 3: inside the grid d q(w) / d s = round(w / s) - w / s,
 outside it is the outermost value.
 Symbols: s = scale, theta = log |s|, g = gradient, q = what the forward pass saw. In log form every block sees
-d L / d theta = sum g (q - w) over its weights inside the grid plus sum g q over those outside.
+d L / d theta = sum g (q - w) over its weights inside the grid plus sum g q over those outside. Where a scale carries the weights of its
+block along, no code changes by it, and d L / d theta = sum g q over all of them, exactly.
 Differs: the gradient is formed once per optimizer step from the gradient at the deployed weights, not by autograd in every forward pass;
 the scale is learned in log form by an Adam of its own, so that a step is relative, keeps the sign (grids with levels "full" have signed
 scales) and needs no gradient scale; the scale starts from a search (from absmax, 2-bit grids end .02 to .05 nats worse).
@@ -38,7 +39,9 @@ def held(method: Method) -> Method:
     return method._replace(name=f"{method.name}, held scales", init=Scales(method.name, _searched, method.init))
 
 
-def learned(method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Method:
+def learned(
+    method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, carry: bool = False
+) -> Method:
     """Return a method whose scales are searched when it begins and then learned.
 
     The scales follow the loss of the forward pass; a method's penalty does not reach them (through a learned scale it would shrink the grid
@@ -49,10 +52,13 @@ def learned(method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = 
         method: any method.
         rate: relative step of a scale while the optimizer's learning rate is at its largest so far; it falls with it.
         betas, eps: of the scales' own Adam, which has no weight decay.
+        carry: whether a scale carries its block's latent weights along, by the same factor, so that it changes no code: the block then
+            grows or shrinks as a whole, and codes are the weights' own business. Weights in half precision stay where they are.
 
     Raises:
         TypeError: `method` is no Method.
-        ValueError: a grid with zero points, or one whose scale is a fixed number; a rate, betas or eps out of range.
+        ValueError: a grid with zero points, or one whose scale is a fixed number; a rate, betas or eps out of range; `carry` for a method
+            that trains on latent weights.
     """
     _check(method)
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not (math.isfinite(rate) and 0 <= rate <= 1):
@@ -61,10 +67,12 @@ def learned(method: Method, *, rate: float = 1e-2, betas: tuple[float, float] = 
         raise ValueError(f"`betas` must be two numbers from 0 to below 1: got {betas!r}.")
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"`eps` must be positive and finite: got {eps!r}.")
+    if carry and method.deploy is None:
+        raise ValueError(f"`carry` needs a rounded forward pass, whose loss says how large a block shall be: {method.name} has none.")
     init = Scales(method.name, _states, method.init)
     gradient = Learned(rate, betas, eps, method.deploy is not None, method.gradient)
     # that some weights lie outside a learned grid is the scales' own choice
-    return method._replace(name=f"{method.name}, learned scales", init=init, gradient=gradient, unbiased=False)
+    return method._replace(name=f"{method.name}, learned scales", init=init, gradient=gradient, unbiased=False, carries=carry)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Learned:
 def _slope_of_loss(gradient: Tensor, weight: Tensor, deployed: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Return where weights lie inside the grid, and the slope of the loss in each block's log scale `(blocks, 1)`."""
     inside = _inside(weight, context)
-    moved = torch.addcmul(deployed, weight, inside, value=-1)
+    moved = deployed.clone() if context.carries else torch.addcmul(deployed, weight, inside, value=-1)
     return inside, moved.mul_(gradient).sum(1, keepdim=True)
 
 

@@ -180,7 +180,7 @@ def _gradient(call: Call) -> int:
     if isinstance(change, Learned):
         slope = np.empty_like(call.scale)
         if change.sees_grid:
-            call.split(call.compiled.learn, [gradient, weight, deployed, call.scale, slope], *_floats([low, high]))
+            call.split(call.compiled.learn, [gradient, weight, deployed, call.scale, slope], *_floats([low, high, not context.carries]))
         else:
             call.split(call.compiled.weigh, [gradient, weight, call.scale, slope], *_floats(call.grid))
         change.step(torch.from_numpy(slope)[:, None], context)

@@ -139,16 +139,19 @@ def proximal(
             parameter[k, j] = (target + rest / max(slope, TINY)) * factor
 
 
-@compiled(f"void({ROWS}, {ROWS}, {ROWS}, {SCALES}, {SCALES}, {NUMBER}, {NUMBER})", fastmath=SUMS)
-def learn(gradient: Array, weight: Array, deployed: Array, scale: Array, slope: Array, low: float, high: float) -> None:
-    """As `passes.gradient` of learned scales: keep the gradient inside the grid, and sum up each block's slope in its log scale."""
+@compiled(f"void({ROWS}, {ROWS}, {ROWS}, {SCALES}, {SCALES}, {NUMBER}, {NUMBER}, {NUMBER})", fastmath=SUMS)
+def learn(gradient: Array, weight: Array, deployed: Array, scale: Array, slope: Array, low: float, high: float, stays: float) -> None:
+    """As `passes.gradient` of learned scales: keep the gradient inside the grid, and sum up each block's slope in its log scale.
+
+    `stays`: 1 where the weights stay, 0 where they will be carried along.
+    """
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
         bottom, top = min(scale[k] * low, scale[k] * high), max(scale[k] * low, scale[k] * high)
         total = ZERO
         for j in range(length):
             inside = ONE if bottom <= weight[k, j] <= top else ZERO
-            total += gradient[k, j] * (deployed[k, j] - weight[k, j] * inside)
+            total += gradient[k, j] * (deployed[k, j] - weight[k, j] * inside * stays)
             gradient[k, j] *= inside
         slope[k] = total
 

@@ -99,6 +99,22 @@ class Managed:
         return from_blocks(blocks, tuple(self.weight.shape), self.quantizer.block, self.quantizer.axis)
 
     @property
+    def carries(self) -> bool:
+        """Whether the scales carry the latent weights along when they move; in half precision most such steps would be rounded away."""
+        return self.method.carries and self.latent is not None and wide(self.latent) is self.latent
+
+    def hand_over(self, moved: Tensor | None) -> None:
+        """Give the optimizer the latent weight, times what its scales were multiplied by, `(blocks, 1)`; the latent itself stays."""
+        if self.latent is None:
+            return
+        if moved is None:
+            self.weight.copy_(self.latent)
+            return
+        blocks = self.blocks(self.weight)
+        torch.mul(self.blocks(self.latent), moved, out=blocks)
+        self.put_back(self.weight, blocks)
+
+    @property
     def orphaned(self) -> bool:
         """Whether the model holds another parameter under this name by now."""
         module, local_name = self.owner or (None, "")

@@ -184,11 +184,10 @@ class Stepper:
         onepass.assign(optimizer, [])
         for entry in self._active.pop(optimizer, []):
             one = entry.one
-            entry.put_scales_back()
             if entry.unused:
-                if one.latent is not None:
-                    one.weight.copy_(one.latent)
+                one.hand_over(entry.moved)
                 self._push(one, entry.terms, undo=True)
+            entry.put_scales_back()
             if one.latent is not None:
                 self.show(one)
         torch.clear_autocast_cache()
@@ -204,9 +203,7 @@ class Stepper:
             if one in taken:
                 continue
             opened.append(remember(one, count, taken=False))
-            self._regrade(one, count)
-            if one.latent is not None:
-                one.weight.copy_(one.latent)
+            one.hand_over(self._regrade(one, count))
             if not one.groups and self._push(one, count):
                 opened[-1] = opened[-1]._replace(pushed=moments.step_of(one))
         self._agree_learned(opened)
@@ -233,9 +230,9 @@ class Stepper:
             if first:
                 self._open(optimizer, terms)
             for entry in opened:
-                self._regrade(entry.one, entry.terms)
-                if entry.one.latent is not None and not entry.taken:
-                    entry.one.weight.copy_(entry.one.latent)
+                moved = self._regrade(entry.one, entry.terms)
+                if not entry.taken:
+                    entry.one.hand_over(moved)
             self._agree_learned(opened)
             return result
 
@@ -273,10 +270,15 @@ class Stepper:
             self._run(passes.deploy, one, self._context(one, terms), [one.weight, one.latent])
 
     @torch.no_grad()
-    def _regrade(self, one: Managed, terms: float) -> None:
-        """Replace the gradient by the method's; the parameter still holds what the forward pass saw."""
+    def _regrade(self, one: Managed, terms: float) -> Tensor | None:
+        """Replace the gradient by the method's; the parameter still holds what the forward pass saw.
+
+        Returns:
+            What the scales were multiplied by, `(blocks, 1)`, where they carry the weights along.
+        """
         if one.method.gradient is None:
-            return
+            return None
+        before = one.tensors[SCALE].clone() if one.carries else None
         grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
         scaled = getattr(one.optimizer, "grad_scale", None)  # a fused optimizer unscales by itself, under a GradScaler
         if scaled is not None:
@@ -284,6 +286,7 @@ class Stepper:
         self._run(passes.gradient, one, self._context(one, terms, one.source), [grad, one.source, one.weight])
         if scaled is not None:
             grad.mul_(scaled)
+        return None if before is None else one.tensors[SCALE] / before
 
     def _push(self, one: Managed, terms: float, *, undo: bool = False) -> bool:
         """Add the penalty's gradient to the first moment; False where there is none yet, or the optimizer has none."""
@@ -312,6 +315,7 @@ class Stepper:
             key=torch.full((), randomness.stream(self._seed, step, one.name), dtype=torch.int64, device=source.device),
             offset=one.offset,
             scheduled={name: scalar(value_at(name, value, step), source) for name, value in one.method.schedules.items()},
+            carries=one.carries,
         )
 
     def _show_into(self, one: Managed, into: Tensor) -> None:
