@@ -295,6 +295,16 @@ def test_batchnorm_is_estimated_anew_for_losses_and_frozen_in_lines():
     assert line.final != pytest.approx(line.losses[1], rel=1e-3)
 
 
+def test_batchnorm_that_keeps_no_statistics_has_none_to_estimate():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3))
+    explanation = measure(model, entropy, BATCHES, quantizers=[GRIDS[2]], effort=TINY)
+    assert not explanation.settled
+    assert not any("BatchNorm" in note for note in explanation.notes)
+    report = explanation.grids[0]
+    assert report.line.losses[report.line.positions.index(1.0)] == pytest.approx(report.rtn.loss, rel=1e-6)
+
+
 class Attending(nn.Module):
     """Attention, whose projections GPTQ cannot calibrate, and a layer that it can."""
 

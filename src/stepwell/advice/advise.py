@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwell.advice.early import FOUR_TERMS_STEP, Early, check_early, early_losses
 from stepwell.advice.forecast import Coefficients, Estimate, Evidence, Tier, Trained, packaged
@@ -21,7 +20,7 @@ from stepwell.advice.reasons import hit_rate, reasons
 from stepwell.advice.verdict import Advice, Verdict, decide, safe
 from stepwell.probes.directions import gaussian_noise, keys
 from stepwell.probes.points import Move, dot
-from stepwell.probes.stage import Cost, Stage, check_tolerance, staged
+from stepwell.probes.stage import Cost, Stage, batchnorms, check_tolerance, staged
 from stepwell.probes.width import Width, along
 from stepwell.ptq.calibration import holders, uses
 from stepwell.ptq.chosen import Chosen, chosen
@@ -204,7 +203,7 @@ def _check_reach(model: nn.Module, loss: BatchLoss, parts: Parts, every: Mapping
 
 def _settling(model: nn.Module, measure: bool) -> list[str]:
     """Return what became of BatchNorm statistics, in words, where there are any."""
-    if not measure or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not measure or not batchnorms(model):
         return []
     return ["BatchNorm statistics of rounded weights are re-estimated on the calibrating batches; do so in deployment."]
 

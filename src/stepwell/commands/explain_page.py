@@ -81,11 +81,11 @@ def _verdicts(explanation: Explanation) -> Section:
                 named(report, explanation), headline(report), by(known.method),
                 signed(known.increase), f"{known.low:.3g} to {known.high:.3g}",
                 by(one.safe or "nothing"), "not judged" if math.isnan(one.hit_rate) else f"{one.hit_rate:.0%}",
-                f"{one.cost.forward} + {one.cost.backward} backward",
+                one.cost.forward,
             ]
         )  # fmt: skip
         why.append([named(report, explanation), "; ".join(one.reasons) + "."])
-    columns = ["grid", "verdict", "looked at", "expected increase", "interval", "surely enough", "right elsewhere", "passes of its probes"]
+    columns = ["grid", "verdict", "looked at", "expected increase", "interval", "surely enough", "right elsewhere", "forward passes"]
     return Section(
         "What to do",
         paragraphs=[explanation.worth],

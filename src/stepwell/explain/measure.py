@@ -20,7 +20,7 @@ from stepwell.explain.tally import Progress, Tally
 from stepwell.presets import intn
 from stepwell.probes.rho import Ratio, rho_self, rho_uniform
 from stepwell.probes.segment import Segment, segment
-from stepwell.probes.stage import check_tolerance, staged
+from stepwell.probes.stage import batchnorms, check_tolerance, staged
 from stepwell.ptq.calibration import holders, uses
 from stepwell.ptq.chosen import Chosen, chosen
 from stepwell.quantizers import Quantizer
@@ -90,7 +90,7 @@ def measure(
         floats=_floats(model, skip),
         batches=(len(parts.calibrating), len(parts.measuring)),
         held_out=parts.calibrating is not parts.measuring,
-        settled=_has_batchnorm(model),
+        settled=bool(batchnorms(model)),
         grids=tuple(_reports(grids, found, ratios, lines, advice, closer)),
         worth=advice.notes[-1],
         notes=(parts.note, *_notes(model, beyond), *warned),
@@ -274,7 +274,7 @@ def _collected() -> Iterator[list[str]]:
 def _notes(model: nn.Module, beyond: frozenset[str]) -> list[str]:
     """Return what a reader of the numbers must know."""
     notes = []
-    if _has_batchnorm(model):
+    if batchnorms(model):
         notes.append(
             "BatchNorm statistics are re-estimated on the calibrating batches for the losses after rounding and the damage of single "
             "weights, as they should be in deployment, and frozen in lines, widths, searches and slices."
@@ -282,7 +282,3 @@ def _notes(model: nn.Module, beyond: frozenset[str]) -> list[str]:
     if beyond:
         notes.append(f"GPTQ cannot calibrate {', '.join(sorted(beyond))}: these are rounded to nearest in its place.")
     return notes
-
-
-def _has_batchnorm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

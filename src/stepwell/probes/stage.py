@@ -150,7 +150,7 @@ class Stage:
 
         That is what a deployed model would have; slices keep the statistics frozen instead. Without BatchNorm it is `loss()`.
         """
-        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+        norms = batchnorms(self._model)
         if not norms:
             return self.loss()
         saved = [(norm, norm.momentum, {name: value.clone() for name, value in norm.named_buffers(recurse=False)}) for norm in norms]
@@ -245,6 +245,11 @@ def unchecked(model: nn.Module, loss: Loss, names: Iterable[str]) -> Iterator[St
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the layers whose statistics can be re-estimated; one that keeps none always follows its batch."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
 def check_tolerance(tolerance: float) -> None:
