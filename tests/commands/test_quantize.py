@@ -133,7 +133,7 @@ def test_a_llama_becomes_a_gguf_file_and_says_how_to_serve_it(run, folder, tmp_p
 
     code, out, _ = run("quantize", folder, "out", "--target", "gguf:q4_0", "--data", folder / "text.txt", "--method", "rtn")
     assert code == 0
-    assert "Passed: loaded by gguf's decoders" in out
+    assert "Passed: loaded by PyTorch with the decoders of gguf" in out
     assert f"llama-server -m {tmp_path / 'out' / 'model.gguf'}" in out
     assert "In float: model.embed_tokens.weight (embedding)" in out
     kinds = [tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out" / "model.gguf").tensors]

@@ -23,6 +23,10 @@ def made(seed=0):
     x = torch.randn(4, 16, 32)
     return model, lambda m, b: (m(b) - b).square().mean(), list(x)
 
+def many():
+    model, loss, batches = made()
+    return model, loss, [batch * (1 + place) for place, batch in enumerate(batches * 10)]
+
 def another():
     return made(7)
 """
@@ -93,6 +97,19 @@ def test_folders_and_files_of_a_llama_pass_later(run, folder, target):
     assert all(row["unchanged"] and row["cosine"] > 0.99 for row in told["weights"])
     shipped = json.loads(Path("out/certificate.json").read_text())
     assert told["losses"]["after"] == pytest.approx(shipped["losses"]["after"], rel=1e-4)
+
+
+def test_the_same_batches_measure_later(run):
+    """Training takes more batches than rounding does: without being told, `verify` takes as many as the artifact was made with."""
+    options = ("--method", "default", "--steps", 8, "--batches", 4, "--json")
+    shipped = json.loads(run("quantize", "subject_of_verify:many", "out", "--target", "safetensors", *options)[1])
+    assert shipped["batches"] == 12
+    later = json.loads(run("verify", "out", "subject_of_verify:many", "--json")[1])
+    assert later["losses"]["before"] == pytest.approx(shipped["losses"]["before"], rel=1e-6)
+    fewer = json.loads(run("verify", "out", "subject_of_verify:many", "--batches", 6, "--json")[1])
+    assert fewer["losses"]["before"] != pytest.approx(shipped["losses"]["before"], rel=1e-6)
+    edited(Path("out/certificate.json"), batches=True)
+    assert run("verify", "out", "subject_of_verify:many")[0] == 0
 
 
 def test_a_changed_weight_is_found_by_file_and_by_value(run, tmp_path):

@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.ship.models import edited, llama
 from torch import nn
 
-from stepwell.ship.source import Source, divided
+from stepwell.ship.checkpoint import Checkpoint, open_checkpoint
+from stepwell.ship.source import Source, divided, open_source
 
 
 @pytest.mark.parametrize("count", range(1, 40))
@@ -56,3 +58,30 @@ def test_a_loss_that_does_not_tell_the_inputs_is_refused(loss, words):
 
 def test_loss_terms_are_rows_or_predicted_tokens():
     assert source(lambda model, batch: model(batch).sum()).terms == 3
+
+
+@pytest.mark.parametrize("kind", ["llama in shards", "mixtral"])
+def test_a_model_read_tensor_by_tensor_is_the_one_that_transformers_loads(tmp_path, monkeypatch, kind):
+    """Every tensor once, by us; expert weights are joined, tied heads and generation settings there as `from_pretrained` has them."""
+    import transformers
+
+    if kind == "mixtral":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "num_local_experts": 2}
+        config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=1)
+        transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    else:
+        llama(tmp_path, tied=True, dtype=torch.bfloat16, layers=1, shard="20KB")
+    edited(tmp_path / "generation_config.json", temperature=0.25, do_sample=True)
+    taken = []
+    read = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (taken.append(name), read(self, name))[1])
+    found = open_source(str(tmp_path), None, limit=1, window=None).model
+    assert sorted(taken) == sorted(open_checkpoint(tmp_path).tensors)
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for one, two in ((found.state_dict(), own.state_dict()), (dict(found.named_buffers()), dict(own.named_buffers()))):
+        assert list(one) == list(two)
+        assert all(torch.equal(value, two[name]) and value.dtype == two[name].dtype for name, value in one.items())
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) == (kind != "mixtral")
+    assert found.generation_config.to_dict() == own.generation_config.to_dict()
+    assert found.config.to_dict() == own.config.to_dict()
+    assert not found.training

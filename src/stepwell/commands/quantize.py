@@ -145,9 +145,12 @@ def show(shipped: "Shipped") -> None:
     from stepwell.commands.quantize_words import compared, headline, inputs, lost, reasons
 
     worst = sorted(shipped.weights, key=lambda one: -one.error)[:MOST_ROWS]
+    noted = any(one.method for one in worst)
     rows = [
-        {"weight": one.name, "shape": list(one.shape), "bits": one.bits, "error": one.error, "note": one.method} for one in worst
-    ]  # fmt: skip
+        {"weight": one.name, "shape": list(one.shape), "bits": one.bits, "relative_error": one.error}
+        | ({"note": one.method} if noted else {})
+        for one in worst
+    ]
     more = f", the {len(rows)} that rounding moved most" if len(rows) < len(shipped.weights) else ""
     print_table(rows, title=f"{shipped.target}, {shipped.grid}: {len(shipped.weights)} weights{more}", note="")
     lines = [headline(shipped), *inputs(shipped), *reasons(shipped), *lost(shipped), *compared(shipped.certificate), *shipped.notes]

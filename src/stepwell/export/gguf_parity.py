@@ -57,7 +57,7 @@ def check(path: Path, model: nn.Module, example: tuple[Tensor, ...], encoded: Ma
         causes.append(Cause("float16 storage", what, decoded[0].error, modelled[0].error))
     if llama_cpp.available() and len(example) == 1 and example[0].ndim == 2 and not example[0].is_floating_point():
         return _in_llama_cpp(path, model, example, encoded, file, places, layers, decoded, causes)
-    return certify(path, layers, decoded, runtime="gguf's decoders and PyTorch", version=version("gguf"), causes=causes)
+    return certify(path, layers, decoded, runtime="PyTorch with the decoders of gguf", version=version("gguf"), causes=causes)
 
 
 def _in_llama_cpp(

@@ -159,7 +159,8 @@ def quantize(
             serve=route.serve.format(path=served), files=digests(folder),
             certificate=replace(checked, path=str(served)), weights=rows, floats=floats, notes=written.notes,
             elements=sum(row.elements for row in rows), total=chosen.total, losses=Losses.of(before, after, source.unit),
-            tolerance=order.tolerance, seconds=dict(clock.seconds), peak=peak_memory(), facts=source.facts, activations=activations,
+            tolerance=order.tolerance, seconds=dict(clock.seconds), peak=peak_memory(), facts=source.facts, batches=source.batches,
+            activations=activations,
         )  # fmt: skip
 
 
@@ -199,11 +200,6 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def sha256_of(encoded: Encoded) -> str:
-    """Return the sha256 of the float32 values that an encoded weight stands for."""
-    return sha256_of_values(encoded.decode())
 
 
 def sha256_of_values(tensor: Tensor) -> str:
@@ -291,9 +287,9 @@ class _Originals:
 def _weight(name: str, encoded: Encoded, originals: _Originals, method: str) -> Weight:
     """Describe one weight as it was encoded."""
     shape, original = tuple(encoded.codes.shape), originals[name].double()
-    norm = float(original.norm())
-    error = float(torch.dist(encoded.decode().double(), original)) / norm if norm else 0.0
-    return Weight(name, shape, str(encoded.quantizer), stored_bits(encoded.quantizer, shape), error, sha256_of(encoded), method)
+    norm, value = float(original.norm()), encoded.decode()
+    error = float(torch.dist(value.double(), original)) / norm if norm else 0.0
+    return Weight(name, shape, str(encoded.quantizer), stored_bits(encoded.quantizer, shape), error, sha256_of_values(value), method)
 
 
 def digests(folder: Path) -> dict[str, str]:

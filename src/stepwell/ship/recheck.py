@@ -104,6 +104,14 @@ def recheck(artifact: Path, source: Source, *, progress: Progress) -> Rechecked:
     return Rechecked(str(artifact), source.name, not problems, tuple(problems), checked, tuple(rows), compared, held is not None)
 
 
+def batches_of(artifact: Path) -> int | None:
+    """Return how many batches an artifact was made with, by its certificate: the same ones measure then; None where it does not say."""
+    if not (artifact / CERTIFICATE).is_file():
+        return None
+    held = read_json(artifact / CERTIFICATE).get("batches")
+    return held if isinstance(held, int) and not isinstance(held, bool) and held > 0 else None
+
+
 def _compared(name: str, weight: Tensor, value: Tensor, wanted: str | None) -> Compared:
     """Hold one weight of an artifact against the model's, and against its certificate."""
     one, two = weight.detach().double().flatten(), value.double().flatten()

@@ -121,6 +121,7 @@ class Shipped:
         seconds: wall time of every part.
         peak: largest resident memory of the process so far, in bytes.
         facts: what a reader should know about the source.
+        batches: how many were cut from the data, of which some calibrate and the others measure.
         activations: how what goes into the quantized layers is rounded; None where it stays float32.
     """
 
@@ -143,6 +144,7 @@ class Shipped:
     seconds: dict[str, float]
     peak: int
     facts: tuple[tuple[str, str], ...]
+    batches: int = 0
     activations: Activations | None = None
 
     @property

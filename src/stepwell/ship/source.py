@@ -57,6 +57,12 @@ class Source:
         return (_random_tokens(self.model),)
 
     @property
+    def batches(self) -> int:
+        """How many there are; one that calibrates and measures is one."""
+        both = len(self.learning) == len(self.measuring) == 1 and self.learning[0] is self.measuring[0]
+        return 1 if both else len(self.learning) + len(self.measuring)
+
+    @property
     def terms(self) -> int:
         """How many losses are averaged in one batch: predicted tokens, or rows."""
         batch = self.learning[0]

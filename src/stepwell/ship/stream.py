@@ -22,7 +22,7 @@ from stepwell.ship import targets
 from stepwell.ship.artifact import draft
 from stepwell.ship.checkpoint import FLOATS, Checkpoint
 from stepwell.ship.plan import Plan, plan
-from stepwell.ship.quantize import SCRATCH, Clock, Order, digests, named, peak_memory, sha256_of
+from stepwell.ship.quantize import SCRATCH, Clock, Order, digests, named, peak_memory, sha256_of_values
 from stepwell.ship.readback import readback, weights_only
 from stepwell.ship.records import Choice, Shipped, Weight
 from stepwell.ship.rounding import Progress
@@ -120,10 +120,10 @@ def _rounded(weights: Mapping[str, Tensor], chosen: Plan, method: str, store: Sp
         weight = weights[name].to(torch.float32)
         encoded = grid.encode(weight, scale=scale_search(weight, grid) if method == "search" else None)
         store[name] = encoded
-        norm = float(weight.norm())
-        error = float(torch.dist(encoded.decode(), weight)) / norm if norm else 0.0
+        norm, value = float(weight.norm()), encoded.decode()
+        error = float(torch.dist(value, weight)) / norm if norm else 0.0
         shape = tuple(weight.shape)
-        yield Weight(name, shape, str(encoded.quantizer), stored_bits(encoded.quantizer, shape), error, sha256_of(encoded))
+        yield Weight(name, shape, str(encoded.quantizer), stored_bits(encoded.quantizer, shape), error, sha256_of_values(value))
     progress("rounded", len(chosen.grids), len(chosen.grids))
 
 

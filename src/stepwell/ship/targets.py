@@ -22,6 +22,10 @@ from stepwell.ship.tokenizer import copy_tokenizer
 
 FAMILIES = ("compressed-tensors", "torchao")  # whose name alone stands for their integers of `bits`
 ENCODED, REST = "encoded.safetensors", "rest.safetensors"
+NOT_RUN = (
+    "llama.cpp was not run: its kernels round activations to 8 bits besides, which moves the outputs a little. Where llama-cpp-python is "
+    "installed, `stepwell verify` runs it and says by how much."
+)
 Weights = Mapping[str, Encoded]
 
 
@@ -103,6 +107,7 @@ def _with_tokenizer(source: Source, path: Path, written: Written) -> Written:
 
 def _gguf(source: Source, encoded: Weights, path: Path, *, ternary: Literal["tq1_0", "tq2_0"] = "tq2_0") -> Written:
     """Write a GGUF file, with the tokenizer where llama.cpp knows it; ternary weights as blocks of that type."""
+    from stepwell.export import llama_cpp
     from stepwell.export.gguf import gguf
     from stepwell.export.gguf_tokenizer import read_tokenizer
 
@@ -114,6 +119,8 @@ def _gguf(source: Source, encoded: Weights, path: Path, *, ternary: Literal["tq1
         read_tokenizer(folder)
     except ValueError as error:
         folder, notes = None, (f"The file has no vocabulary and runs on token ids: {error}",)
+    if not llama_cpp.available():
+        notes += (NOT_RUN,)
     exported = gguf(source.model, encoded, path, tokenizer=folder, ternary=ternary, weights=source.weights)
     return Written(exported.floats, notes)
 
