@@ -1,6 +1,6 @@
 """What does `stepwell quantize` hold and how fast is it? Memory and time at three sizes, and weights per second beside other quantizers.
 
-    python benchmarks/ship_quantize.py [--only size|speed] [--rounds 7] [--out benchmarks/results/ship_quantize.json]
+    python benchmarks/ship_quantize.py [--only size|speed|files] [--rounds 7] [--out benchmarks/results/ship_quantize.json]
 
 Sizes: random Llamas, in bfloat16 and shards, are quantized in a process of their own: streamed (RTN, no data) to three targets, and
 with the model in memory by RTN and GPTQ, up to the codes (the model is float32 there). Memory is how far the process grew at most over its
@@ -9,8 +9,11 @@ the model's layers takes alone, an input for GPTQ included. The bound for a mode
 Time is processor time of one thread.
 
 Speed: one weight of 2048 x 4096 in float32, from the weight to the bytes in the file. Ours, compressed-tensors' own (`calculate_qparams`,
-`PackedQuantizationCompressor`) to int4 in blocks of 32, and `gguf`'s (`gguf.quants.quantize`) to Q4_0 and Q8_0; medians of interleaved
-rounds, processor time of one thread.
+`PackedQuantizationCompressor`) to int4 in blocks of 32, `gguf`'s (`gguf.quants.quantize`) to Q4_0 and Q8_0, and ggml's in C where
+llama-cpp-python is installed; medians of interleaved rounds, processor time of one thread.
+
+Files: the 63M Llama from a checkpoint in bfloat16 to a GGUF file by us, reading it again and comparing included, and from a GGUF file in
+float32 to the same by llama.cpp's `llama_model_quantize`; medians of interleaved rounds, processor time of one thread.
 """
 
 import argparse
@@ -20,18 +23,20 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import processor
+from common import ggml, processor
 
 import stepwell as sw
 
@@ -43,6 +48,7 @@ SIZES = {
 }
 STREAMED = ("safetensors", "compressed-tensors:int4", "gguf:q4_0")
 RUNS = (*STREAMED, "in memory, rtn", "in memory, gptq", "layer, rtn", "layer, gptq")
+GGUF = ("Q4_0", "Q8_0")
 PATIENCE = 1800  # seconds of one run
 
 
@@ -186,6 +192,7 @@ def quantizers(weight: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
         return make
 
+    theirs_in_c = {f"ggml, {kind}": partial(ggml.quantize, array, kind) for kind in GGUF if ggml.available()}
     return {
         "stepwell, safetensors int4": lambda: parts("w", sw.target("safetensors").encode(weight)),
         "stepwell, compressed-tensors int4": lambda: compressed_tensors_scheme.tensors(symmetric.encode(weight)),
@@ -194,6 +201,7 @@ def quantizers(weight: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "gguf, Q4_0": lambda: gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q4_0),
         "stepwell, gguf Q8_0": blocks_of("gguf:q8_0"),
         "gguf, Q8_0": lambda: gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0),
+        **theirs_in_c,
     }
 
 
@@ -212,6 +220,37 @@ def speed(rounds: int) -> list[dict[str, Any]]:
                     seconds[name].append(time.process_time() - began)
     return [
         {"way": name, "weights_per_second": weight.numel() / statistics.median(each), "best": weight.numel() / min(each)}
+        for name, each in seconds.items()
+    ]
+
+
+def files(rounds: int) -> list[dict[str, Any]]:
+    """Return parameters per second from file to file, medians of interleaved rounds."""
+    from stepwell.ship.source import folder_of, open_source
+
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        make(place / "llama", "63M")
+        checkpoint, model = folder_of(str(place / "llama")), open_source(str(place / "llama"), None, limit=1, window=None).model
+        small = "model.layers.0.self_attn.k_proj.weight"  # the export wants one encoded weight
+        sw.export.gguf(model, {small: sw.target("gguf:q8_0").encode(model.get_parameter(small))}, place / "float.gguf")
+        total = sum(parameter.numel() for parameter in model.parameters())
+        del model
+        for turn in range(rounds + 1):
+            for kind in GGUF:
+                began = time.process_time()
+                streamed(checkpoint, f"gguf:{kind.lower()}", place / "ours" / kind)
+                spent = {f"stepwell, {kind}": time.process_time() - began}
+                began = time.process_time()
+                ggml.quantize_file(place / "float.gguf", place / "theirs.gguf", kind)
+                spent[f"llama.cpp, {kind}"] = time.process_time() - began
+                for way, value in spent.items():
+                    seconds.setdefault(way, []).extend([value] * bool(turn))
+            shutil.rmtree(place / "ours")
+    return [
+        {"way": name, "parameters": total, "parameters_per_second": total / statistics.median(each), "best": total / min(each)}
         for name, each in seconds.items()
     ]
 
@@ -243,7 +282,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Measure what is not in the results yet, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("size", "speed"))
+    parser.add_argument("--only", choices=("size", "speed", "files"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ship_quantize.json")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -262,13 +301,21 @@ def main() -> None:
         results["versions"] = {name: version(name) for name in ("torch", "transformers", "compressed-tensors", "gguf", "safetensors")}
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
-    if arguments.only != "speed":
+    if arguments.only in (None, "size"):
         sizes(results["sizes"], keep)
-    if arguments.only != "size":
+    if arguments.only in (None, "speed"):
         results["speed"] = speed(arguments.rounds)
         keep()
         for row in results["speed"]:
             print(f"{row['way']:<36} {row['weights_per_second'] / 1e6:8.1f} million weights/s")
+    if arguments.only in (None, "files"):
+        if not ggml.available():
+            print("llama-cpp-python is not installed (extra `runtimes`): no files were compared")
+            return
+        results["files"] = files(arguments.rounds)
+        keep()
+        for row in results["files"]:
+            print(f"{row['way']:<36} {row['parameters_per_second'] / 1e6:8.1f} million parameters/s")
 
 
 if __name__ == "__main__":
