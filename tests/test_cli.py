@@ -22,19 +22,6 @@ from stepwell.storage import save
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
 def gaussian(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 

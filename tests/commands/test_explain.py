@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,21 +109,9 @@ FAST = ["--bits", "8,2", "--quick", "--tolerance", "0.1"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run `stepwell explain` in a folder with a module: (exit code, standard output, standard error)."""
-    (tmp_path / "subject_of_explain.py").write_text(SUBJECT)
+def run(run_beside, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", ("explain", "formats"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", "explain", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        sys.modules.pop("subject_of_explain", None)
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
+    return partial(run_beside("subject_of_explain", SUBJECT), "explain")
 
 
 class Reader(HTMLParser):

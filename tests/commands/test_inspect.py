@@ -10,21 +10,6 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
-from stepwell import cli
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `stepwell` in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
-
 
 def told(run, path):
     code, out, error = run("inspect", path, "--json")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,18 +17,10 @@ P1 = ["--bits", "2", "--range", "2", "--input-bits", "2", "--input-range", "2", 
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run `stepwell predict` in a folder of its own: (exit code, standard output, standard error)."""
+def run(run, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "COMMANDS", ("predict", "formats"))
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", "predict", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
+    return partial(run, "predict")
 
 
 def test_json_is_the_theory(run):

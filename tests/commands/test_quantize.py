@@ -17,7 +17,6 @@ import torch
 from tests.ship.models import copied, edited, llama
 
 import stepwell as sw
-from stepwell import cli
 
 pytest.importorskip("transformers")
 SUBJECT = """
@@ -67,20 +66,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run `stepwell` in a folder with a module: (exit code, standard output, standard error)."""
-    (tmp_path / "subject_of_quantize.py").write_text(SUBJECT)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        sys.modules.pop("subject_of_quantize", None)
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
+def run(run_beside):
+    return run_beside("subject_of_quantize", SUBJECT)
 
 
 class Text(HTMLParser):

@@ -1,7 +1,6 @@
 """`stepwell quantize --activations`: what goes into the layers is rounded in the model, in the file and in a later check alike."""
 
 import json
-import sys
 from pathlib import Path
 
 import onnx
@@ -9,7 +8,6 @@ import pytest
 from tests.ship.models import edited, llama
 
 import stepwell as sw
-from stepwell import cli
 
 pytest.importorskip("transformers")
 SUBJECT = """
@@ -27,20 +25,8 @@ W8A8 = ("--target", "onnx:qdq", "--bits", 8, "--method", "rtn", "--activations",
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run `stepwell` in a folder with a module: (exit code, standard output, standard error)."""
-    (tmp_path / "subject_of_activations.py").write_text(SUBJECT)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    yield call
-    sys.modules.pop("subject_of_activations", None)
+def run(run_beside):
+    return run_beside("subject_of_activations", SUBJECT)
 
 
 def operators(path):

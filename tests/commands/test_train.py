@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from tests.language import TEXTS, text_folder, tokens_in
 from torch.nn.functional import cross_entropy
 
 import stepwell as sw
-from stepwell import cli
 from stepwell.commands.train import described
 
 MINE = """
@@ -44,18 +44,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        monkeypatch.setattr(sys, "argv", ["stepwell", "train", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
+def run(run, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return partial(run, "train")
 
 
 @pytest.mark.parametrize("recipe", ["both", "latent"])

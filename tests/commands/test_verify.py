@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from tests.ship.models import copied, edited, llama
 
 import stepwell as sw
-from stepwell import cli
 
 pytest.importorskip("transformers")
 SUBJECT = """
@@ -41,20 +40,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run `stepwell` in a folder with a module: (exit code, standard output, standard error)."""
-    (tmp_path / "subject_of_verify.py").write_text(SUBJECT)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["stepwell", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        sys.modules.pop("subject_of_verify", None)
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
+def run(run_beside):
+    return run_beside("subject_of_verify", SUBJECT)
 
 
 MADE = "subject_of_verify:made"
