@@ -143,7 +143,7 @@ def test_a_point_below_the_float_loss_is_said_to_be_the_gain_of_training(explain
     (report,) = explained.grids
     low = tuple(dataclasses.replace(one, loss=-0.4, held_out=-0.3, within=True) for one in report.closer.searches)
     changed = dataclasses.replace(report, closer=dataclasses.replace(report.closer, searches=low))
-    assert "below the float loss: more training gains something" in near(changed, explained)
+    assert "What lies below the float loss is what training on such data gains" in near(changed, explained)
     level = tuple(dataclasses.replace(one, loss=0.0, held_out=0.0, within=True) for one in report.closer.searches)
     changed = dataclasses.replace(report, closer=dataclasses.replace(report.closer, searches=level))
     assert "below" not in near(changed, explained)

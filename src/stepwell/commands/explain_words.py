@@ -153,7 +153,7 @@ def near(report: GridReport, explanation: Explanation) -> str:
             f"{_opening(best)} found a grid point with {signed(best.held_out)} on batches that it did not see, no code more than "
             f"one step from the rounded weights and {best.changed:.1%} of them moved: proof that such points exist"
             + (", as rounding itself is one." if report.rtn.within else ", which rounding to nearest missed.")
-            + (" It is below the float loss: more training gains something on such data, with or without rounding." if below else "")
+            + (" What lies below the float loss is what training on such data gains, not what rounding had cost." if below else "")
         )
     budget = " and ".join(_budget(one) for one in searches)
     if not explanation.held_out:
