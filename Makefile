@@ -25,7 +25,7 @@ help:
 	@echo "make demo       train, round and export a small network, and write the report (minutes)"
 	@echo "make test       the test suite, under ten minutes"
 	@echo "make test-slow  the full cross product; its log goes to tests/results/slow.log"
-	@echo "make test-runtimes  exports in llama.cpp and other runtimes that are built or large: installs them first (minutes)"
+	@echo "make test-runtimes  models in llama.cpp (built here), OpenVINO and ExecuTorch: installs them first; log in tests/results/"
 	@echo "make coverage   branch coverage of what reads other people's files; fails below 90 percent"
 	@echo "make check      lint, format, types, import layers"
 	@echo "make bench      every file in benchmarks/, results to benchmarks/results/"
@@ -44,8 +44,10 @@ test-slow: .venv/.dev
 	@mkdir -p tests/results
 	$(PYTEST) -m slow -n $(WORKERS) --timeout 3600 --durations 20 2>&1 | tee tests/results/slow.log
 
+test-runtimes: SHELL := bash
+test-runtimes: .SHELLFLAGS := -o pipefail -c
 test-runtimes: .venv/.runtimes
-	$(PYTEST) -m slow -n 0 --timeout 3600 tests/export/test_runtime_*.py
+	$(PYTEST) -m slow -n 0 --timeout 3600 -rs --disable-warnings --durations 20 tests/export/test_runtime_*.py 2>&1 | tee tests/results/runtimes.log
 
 # Which files count, and the least that is enough, is in pyproject.toml.
 READING := tests/ship tests/commands/test_inspect.py tests/commands/test_verify.py tests/commands/test_quantize_activations.py \
