@@ -205,6 +205,8 @@ def variants() -> dict[str, Base]:
         "biases zero": (zero_biases,),
         "no biases in qkv": (partial(bare, only="qkv"),),
         "ReLU": (partial(blocks_of, Rectified),),
+        "ReLU, attention as nn.MultiheadAttention": (partial(blocks_of, Rectified), packed_attention),
+        "ReLU, embeddings N(0, 1), positions N(0, .02)": (partial(blocks_of, Rectified), partial(wide_bytes, positions=0.02)),
         "linear N(0, .02), ReLU, no biases in qkv": (gpt2, partial(blocks_of, Rectified), partial(bare, only="qkv")),
         "norm after, no last norm": (partial(blocks_of, PostNorm), no_last_norm),
         "no last norm": (no_last_norm,),
