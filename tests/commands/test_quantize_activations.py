@@ -58,6 +58,7 @@ def test_a_scale_per_token_needs_no_range(run):
     assert code == 0
     assert "What goes into 2 layers is rounded to int8, one scale per token." in out
     assert "QuantizeLinear" not in operators("out/model.onnx")
+    assert "What goes into the layers is rounded to int8, one scale per token." in run("inspect", "out")[1]
     assert run("verify", "out", MADE)[0] == 0
 
 
