@@ -83,13 +83,13 @@ def _artifact(folder: Path) -> Contents:
         raise ValueError(f"`file`: {folder / CERTIFICATE} is no certificate of `stepwell quantize`.")
     inside = contents(folder / file)
     word = "passed" if held.get("passed") is True else "NOT PASSED"
-    notes = (f"{file} of {folder}, for {held.get('target')}. Certificate: {word}, by {checked.get('runtime')} {checked.get('version')}.",)
+    notes = [f"{file} of {folder}, for {held.get('target')}. Certificate: {word}, by {checked.get('runtime')} {checked.get('version')}."]
     if isinstance(told := held.get("activations"), dict):
         from stepwell.ship.records import SCHEMES  # not above: it imports torch
 
-        notes += (f"What goes into the layers is rounded to {SCHEMES.get(str(told.get('scheme')), 'something else')}.",)
+        notes.append(f"What goes into the layers is rounded to {SCHEMES.get(str(told.get('scheme')), 'something else')}.")
     size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
-    return Contents(inside.kind, inside.rows, size, notes + inside.notes)
+    return Contents(inside.kind, inside.rows, size, (*notes, *inside.notes))
 
 
 def _folder(folder: Path) -> Contents:
