@@ -298,7 +298,8 @@ def main() -> None:
     def keep() -> None:
         results["summary"] = summary(results["sizes"])
         results["machine"] = f"{processor()}, {platform.system()} {platform.machine()}, one thread"
-        results["versions"] = {name: version(name) for name in ("torch", "transformers", "compressed-tensors", "gguf", "safetensors")}
+        names = ["torch", "transformers", "compressed-tensors", "gguf", "safetensors", *["llama-cpp-python"] * ggml.available()]
+        results["versions"] = {name: version(name) for name in names}
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
     if arguments.only in (None, "size"):
