@@ -17,7 +17,7 @@ from stepwell.methods.binary_relax import relaxed
 from stepwell.methods.cage import pulled
 from stepwell.methods.coupled import Coupled
 from stepwell.methods.fisher import FISHER, SEEN, Observed, Reading
-from stepwell.methods.learned import Learned, Scales
+from stepwell.methods.learned import FIRST, PEAK, SCALE, SECOND, STEPS, Learned, Scales
 from stepwell.methods.lotion import Push, border, tolerance
 from stepwell.methods.parq import annealed
 from stepwell.methods.prox import EPSILON, step
@@ -175,15 +175,10 @@ def _descend(call: Call) -> int:
 
 def _gradient(call: Call) -> int:
     """Change the gradient, and what a method learns from it."""
-    change, context, (gradient, weight, deployed) = call.one.method.gradient, call.context, call.arrays
+    change, context, (gradient, weight, _) = call.one.method.gradient, call.context, call.arrays
     low, high, _ = call.grid
     if isinstance(change, Learned):
-        slope = np.empty_like(call.scale)
-        if change.sees_grid:
-            call.split(call.compiled.learn, [gradient, weight, deployed, call.scale, slope], *_floats([low, high, not context.carries]))
-        else:
-            call.split(call.compiled.weigh, [gradient, weight, call.scale, slope], *_floats(call.grid))
-        change.step(torch.from_numpy(slope)[:, None], context)
+        _learn(call, change)
     elif isinstance(change, Clipped):
         call.split(call.compiled.clip, [gradient, weight, call.scale], *_floats([low * change.clip, high * change.clip]))
     elif isinstance(change, Observed):
@@ -194,6 +189,20 @@ def _gradient(call: Call) -> int:
         arrays = [gradient, weight, _own(call, FISHER), call.scale, _share(call, change.decay)]
         call.split(call.compiled.couple, arrays, *_floats([*call.grid, pull, tolerance(torch.float32, call.one.grid.format)]))
     return 1
+
+
+def _learn(call: Call, change: Learned) -> None:
+    """Find the slopes of the scales, and move them."""
+    from stepwell.run import kernels_learned as compiled
+
+    context, (gradient, weight, deployed), slope = call.context, call.arrays, np.empty_like(call.scale)
+    if change.sees_grid:
+        numbers = _floats([*call.grid[:2], not context.carries])
+        call.split(compiled.learn, [gradient, weight, deployed, call.scale, slope], *numbers)
+    else:
+        call.split(compiled.weigh, [gradient, weight, call.scale, slope], *_floats(call.grid))
+    own: list[Any] = [context.tensors[name].view(-1).numpy() for name in (SCALE, FIRST, SECOND, STEPS, PEAK)]
+    compiled.move(slope, *own, *_floats([float(context.lr), change.rate, *change.betas, change.eps]))
 
 
 KERNELS: dict[passes.Pass, Callable[[Call], int]] = {

@@ -139,40 +139,6 @@ def proximal(
             parameter[k, j] = (target + rest / max(slope, TINY)) * factor
 
 
-@compiled(f"void({ROWS}, {ROWS}, {ROWS}, {SCALES}, {SCALES}, {NUMBER}, {NUMBER}, {NUMBER})", fastmath=SUMS)
-def learn(gradient: Array, weight: Array, deployed: Array, scale: Array, slope: Array, low: float, high: float, stays: float) -> None:
-    """As `passes.gradient` of learned scales: keep the gradient inside the grid, and sum up each block's slope in its log scale.
-
-    `stays`: 1 where the weights stay, 0 where they will be carried along.
-    """
-    length = np.uint64(gradient.shape[1])
-    for k in range(np.uint64(gradient.shape[0])):
-        bottom, top = min(scale[k] * low, scale[k] * high), max(scale[k] * low, scale[k] * high)
-        total = ZERO
-        for j in range(length):
-            inside = ONE if bottom <= weight[k, j] <= top else ZERO
-            total += gradient[k, j] * (deployed[k, j] - weight[k, j] * inside * stays)
-            gradient[k, j] *= inside
-        slope[k] = total
-
-
-@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {SCALES}, {GRID})", fastmath=SUMS)
-def weigh(gradient: Array, weight: Array, scale: Array, slope: Array, low: float, high: float, shift: float) -> None:
-    """As `passes.gradient` of learned scales under a latent forward pass: sum up the slope of the weighted rounding error."""
-    length = np.uint64(gradient.shape[1])
-    for k in range(np.uint64(gradient.shape[0])):
-        factor = scale[k]
-        divisor = divisor_of(factor)
-        bottom, top = min(factor * low, factor * high), max(factor * low, factor * high)
-        total = ZERO
-        for j in range(length):
-            value = weight[k, j]
-            target = rounded(value / divisor, low, high, shift) * factor
-            inside = ONE if bottom <= value <= top else ZERO
-            total += (target - value) * gradient[k, j] * gradient[k, j] * (target - value * inside)
-        slope[k] = total
-
-
 @compiled(f"void({ROWS}, {ROWS}, {SCALES}, {NUMBER}, {NUMBER})")
 def clip(gradient: Array, weight: Array, scale: Array, low: float, high: float) -> None:
     """As `passes.gradient` of clipped STE."""

@@ -33,7 +33,7 @@ STRENGTH, STRENGTH_2_BITS = 2.0, 1.0
 
 # Scales carry their weights along. On the same model, means of three seeds, that changed the loss by -.0052, -.0051 and -.0073 nats at 4, 3
 # and 2 bits against scales that move alone (at .01, with Adam's first moment). More than half of it, -.0029 and -.0030 at 3 and 2 bits, is
-# due to Adam without a first moment, with which they overshoot. Rates of .01 and .02 are worse by .0013 and .0000 at 3, .0016 and .0005 at 2.
+# due to Adam without a first moment. Rates of .01 and .02 are worse by .0013 and .0000 at 3 bits, by .0016 and .0005 at 2.
 RATE, BETAS = 0.015, (0.0, 0.999)
 
 
