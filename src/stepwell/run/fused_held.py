@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -60,6 +61,17 @@ class Call(NamedTuple):
 
 def serves(one: Managed) -> bool:
     """Whether kernels can do all that a parameter's method does in every step."""
+    if one not in _KNOWN:  # three questions per parameter and step otherwise
+        _KNOWN[one] = _knows(one)
+    weight = one.parameter
+    return _KNOWN[one] and weight.dtype == torch.float32 and weight.is_cpu
+
+
+_KNOWN: WeakKeyDictionary[Managed, bool] = WeakKeyDictionary()
+
+
+def _knows(one: Managed) -> bool:
+    """Whether there are kernels for a parameter's method on its grid, which stay what they are."""
     method, grid = one.method, one.grid
     return (
         _changes(method)
@@ -70,8 +82,6 @@ def serves(one: Managed) -> bool:
         and grid.format.levels in ("symmetric", "full", "mid")
         and (isinstance(grid.rule, str) or isinstance(method.init, Scales))  # else the scale is a fixed number
         and (grid.scale_dtype, grid.compute) == ("fp32", None)
-        and one.weight.dtype == torch.float32
-        and one.weight.is_cpu
     )
 
 

@@ -8,6 +8,7 @@ functions to `torch.compile`, whole.
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -137,7 +138,14 @@ def scalar(value: float | Tensor, weight: Tensor) -> Tensor:
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     if isinstance(value, Tensor):
         return value.detach().to(weight.device, dtype)
-    return torch.full((), float(value), dtype=dtype, device=weight.device)
+    return _constant(float(value), dtype, weight.device)
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a 0-dim tensor that nobody writes to: parameters share most numbers of a step, and making one costs as a small pass does."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def _rows(context: Context, start: int, stop: int, length: int) -> Context:
