@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy.stats import t
 
@@ -17,6 +17,8 @@ from estimating.methods import ALL, FLOAT, FLOAT_BITS, NVFP4, TAUGHT, Arm
 from estimating.runs import SEEDS, Run, Table
 
 ROUNDED, DEFAULT = "rtn, absmax", "default"
+LINEAR = 0.005  # nats, around zero, where a logarithmic axis has no place for what lies below full precision
+MARKS = (-LINEAR, 0.0, LINEAR, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Row(NamedTuple):
@@ -134,7 +136,6 @@ def _share(share: float) -> str:
 def figure(rows: Sequence[Row], path: Path) -> None:
     """Draw the residuals of every width, best at the top, with their intervals."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     widths = sorted({row.bits for row in rows if row.kind != "control"}, reverse=True)
     if not widths:
@@ -150,18 +151,34 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     for bits, axis in zip(widths, axes.flat, strict=False):
         shown = sorted((row for row in rows if row.bits == bits), key=lambda row: -row.residual)
         for place, row in enumerate(shown):
-            axis.errorbar(max(row.residual, 1e-4), place, xerr=row.residual_interval, fmt="o", color=colours[row.kind], capsize=2)
+            axis.errorbar(row.residual, place, xerr=row.residual_interval, fmt="o", color=colours[row.kind], capsize=2)
         axis.set_yticks(range(len(shown)), [row.method for row in shown], fontsize=8)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("nats per byte above full precision")
+        _logarithmic(axis, shown)
         axis.set_title(titled(bits))
         axis.grid(axis="x", alpha=0.3)
     drawn.tight_layout()
     drawn.savefig(path, metadata={"Date": None})
     plt.close(drawn)
+
+
+def _logarithmic(axis: Any, rows: Sequence[Row]) -> None:
+    """Set a logarithmic axis, which is linear around zero where a residual may be below it."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    label = "nats per byte above full precision"
+    if min(row.residual - row.residual_interval for row in rows) > 0:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        low, high = axis.get_xlim()
+        axis.set_xscale("symlog", linthresh=LINEAR, linscale=0.6)
+        axis.xaxis.set_major_locator(FixedLocator([mark for mark in MARKS if low <= mark <= high]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.axvline(0, color="#444444", linewidth=0.8)
+        label += f"\n(linear below {LINEAR:g})"
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_xlabel(label)
 
 
 def _row(name: str, arm: Arm, runs: Sequence[Run], rivals: tuple[Sequence[Run], Sequence[Run], Sequence[Run]]) -> Row:
