@@ -199,7 +199,7 @@ def target(
     if bits not in found.bits:
         others = [row.name for row in targets() if bits in row.bits and row.quantizer.format.levels and row.quantizer.format != TERNARY]
         has = f" Targets with {bits} bits: {', '.join(others)}." if others else ""
-        raise ValueError(f"`bits` of {name} must be one of {found.bits}: got {bits}.{has}")
+        raise ValueError(f"`bits` of {name} must be {' or '.join(map(str, found.bits))}: got {bits}.{has}")
     if length not in found.blocks and not (ANY in found.blocks and isinstance(length, int)):
         raise ValueError(f"`block` of {name} must be one of {', '.join(map(str, found.blocks))}: got {block}.")
     if compute is not None and compute not in (grid.compute, *found.computes):

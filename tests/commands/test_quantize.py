@@ -255,7 +255,7 @@ TO_ONNX = ("--target", "onnx:matmulnbits")
     ("arguments", "words"),
     [
         ((MADE, "out", "--target", "onnx:nothing"), "`target` must be one of"),
-        ((MADE, "out", *TO_ONNX, "--bits", 3), "`bits` of onnx:matmulnbits must be one of (2, 4, 8): got 3. Targets with 3 bits: "),
+        ((MADE, "out", *TO_ONNX, "--bits", 3), "`bits` of onnx:matmulnbits must be 2 or 4 or 8: got 3. Targets with 3 bits: "),
         ((MADE, "out", *TO_ONNX, "--block", 48), "`block` of onnx:matmulnbits must be one of"),
         ((MADE, "out", *TO_ONNX, "--method", "magic"), "`method` must be one of auto, rtn,"),
         ((MADE, "out", *TO_ONNX, "--tolerance", 0), "`tolerance` must be above 0"),
