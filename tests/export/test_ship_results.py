@@ -34,8 +34,8 @@ def test_quantize_holds_at_most_the_model_and_what_one_layer_takes():
     for row in (row for row in rows if not row["run"].startswith("layer")):
         method = "gptq" if row["run"].endswith("gptq") else "rtn"
         bound = 4 * row["parameters"] + layer[row["size"], f"layer, {method}"]
-        # GPTQ also runs the whole model on its batches, which no layer measured alone does: 1.02 of the bound at 22 million weights
-        assert row["peak_bytes"] <= bound * (1.03 if method == "gptq" else 1.0), row
+        # GPTQ also runs the whole model on its batches, which no layer measured alone does: 1.006 of the bound at 63 million weights
+        assert row["peak_bytes"] <= bound * (1.01 if method == "gptq" else 1.0), row
 
 
 def test_our_quantizers_are_no_slower_than_the_python_ones_of_the_formats():
