@@ -171,7 +171,11 @@ def _push(call: Call) -> int:
     weight, moment, _, second = call.arrays
     arrays = [weight, moment, _curvature(call, call.one.method.push, 2), second, call.scale]
     numbers, through_scale = _penalty(call)
-    call.split(call.compiled.push, arrays, *_floats([*call.grid, *(float(scalar) for scalar in call.scalars), *numbers]), through_scale)
+    common = [*call.grid, *(float(scalar) for scalar in call.scalars)]
+    if through_scale:
+        call.split(call.compiled.push, arrays, *_floats([*common, *numbers]))
+    else:
+        call.split(call.compiled.push_apart, arrays, *_floats([*common, *numbers[:2]]))
     return 2
 
 

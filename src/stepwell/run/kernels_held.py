@@ -199,7 +199,7 @@ def cells(
 
 
 @compiled(
-    f"void({', '.join([ROWS] * 4)}, {SCALES}, {GRID}, {', '.join([NUMBER] * 6)}, boolean)",
+    f"void({', '.join([ROWS] * 4)}, {SCALES}, {GRID}, {', '.join([NUMBER] * 6)})",
     fastmath=SUMS,
 )
 def push(
@@ -217,20 +217,54 @@ def push(
     pull: float,
     tolerance: float,
     near: float,
-    through_scale: bool,
 ) -> None:
     """As `passes.push` of LOTION's penalty on any integer grid; `kernels.push` serves the common one, faster."""
     length = np.uint64(weight.shape[1])
     force, mark = np.empty(weight.shape[1], np.float32), np.empty(weight.shape[1], np.float32)
     for k in range(np.uint64(weight.shape[0])):
         share = cells(weight[k], curvature[k], force, mark, scale[k], low, high, shift, pull, tolerance, near)
-        share = share if through_scale else ZERO
         beyond = ZERO
         for j in range(length):
             force[j] += mark[j] * share
             over = max(abs(force[j]) - floor, ZERO)
             beyond += ONE if over * over > second[k, j] * spread else ZERO
         if beyond > ZERO:  # rare, and a root costs as much as all the rest
+            for j in range(length):
+                bound = np.sqrt(second[k, j] * spread) + floor
+                force[j] = min(max(force[j], -bound), bound)
+        for j in range(length):
+            moment[k, j] += force[j] * factor
+
+
+@compiled(f"void({', '.join([ROWS] * 4)}, {SCALES}, {GRID}, {', '.join([NUMBER] * 5)})", fastmath=SUMS)
+def push_apart(
+    weight: Array,
+    moment: Array,
+    curvature: Array,
+    second: Array,
+    scale: Array,
+    low: float,
+    high: float,
+    shift: float,
+    factor: float,
+    spread: float,
+    floor: float,
+    pull: float,
+    tolerance: float,
+) -> None:
+    """As `push` where the penalty does not reach the scale, to the same bits: one loop less, and no sums over a block."""
+    length = np.uint64(weight.shape[1])
+    force = np.empty(weight.shape[1], np.float32)
+    for k in range(np.uint64(weight.shape[0])):
+        divisor, strength, beyond = divisor_of(scale[k]), scale[k] * pull, ZERO
+        for j in range(length):
+            units = min(max(weight[k, j] / divisor, low), high)
+            rest = units - (np.rint(units + shift) - shift)
+            slope = np.copysign(ONE, rest) - TWO * rest if abs(rest) > tolerance else ZERO
+            force[j] = curvature[k, j] * strength * slope
+            over = max(abs(force[j]) - floor, ZERO)
+            beyond += ONE if over * over > second[k, j] * spread else ZERO
+        if beyond > ZERO:
             for j in range(length):
                 bound = np.sqrt(second[k, j] * spread) + floor
                 force[j] = min(max(force[j], -bound), bound)
