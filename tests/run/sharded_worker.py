@@ -112,12 +112,28 @@ def trial(name: str) -> dict[str, object]:
     }
 
 
+def looked(model: nn.Module) -> dict[str, object]:
+    """Look between two steps: forward passes without gradients, which leave the weights of FSDP2's root whole, bare and on the grid."""
+    optimizer, run = attach(model, "lotion")
+    (inputs, _), found = data()[0], {}
+    for step, pair in enumerate(data()[:STOP]):
+        steps(model, optimizer, [pair])
+        with torch.no_grad():
+            found[f"latent {step}"] = model(inputs)
+            found[f"clipped {step}"] = torch.tensor(run.health().total.clipped)
+            with run.deployed():
+                found[f"deployed {step}"] = model(inputs)
+            found[f"again {step}"] = model(inputs)
+    return found | {f"weight {name}": encoded.decode() for name, encoded in run.finalize().items()}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*(outside the run|latent weights).*")
     dist.init_process_group("gloo")
     found = {
         "same rows": {name: trial(name) for name in methods()},
+        "looked": looked(fully_shard(network(0))),
         "own rows": data_parallel.trials(dist.get_rank(), dist.get_world_size()),
     }
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")

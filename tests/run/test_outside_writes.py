@@ -97,6 +97,16 @@ def test_a_replaced_parameter_is_refused_by_name():
         run.finalize()
 
 
+def test_a_replaced_parameter_is_refused_at_the_next_step():
+    """Else the run would train nothing and nobody would know before its end."""
+    layer, optimizer, _ = trained()
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    optimizer.zero_grad()
+    layer.weight.sum().backward()
+    with pytest.raises(RuntimeError, match=r"'weight' is another parameter .* `fully_shard`"):
+        optimizer.step()
+
+
 def test_state_loaded_before_attach_is_refused_before_anything_changes():
     _, optimizer, _ = trained()
     saved = optimizer.state_dict()

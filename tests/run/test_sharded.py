@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.run.sharded_worker import STOP, attach, data, methods, network, steps
+from tests.run.sharded_worker import STOP, attach, data, looked, methods, network, steps
 
 from stepwell import randomness
 
@@ -28,6 +28,16 @@ def test_two_ranks_resume_from_a_whole_state(ranks, name):
     for found in (rank["same rows"][name] for rank in ranks):
         assert found["resumed"] == found["losses"][STOP:]
         assert all(torch.equal(found["codes"][key], found["resumed codes"][key]) for key in found["codes"])
+
+
+def test_looking_between_steps_sees_the_shards_weights(ranks):
+    """All of the model is the root here, whose weights FSDP2 leaves whole after a pass without gradients, stale from then on."""
+    alone = looked(network(0))
+    assert not torch.equal(alone["latent 0"], alone["deployed 0"])
+    for found in (rank["looked"] for rank in ranks):
+        assert found.keys() == alone.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def test_shard_draws_what_the_whole_parameter_draws_there():

@@ -26,7 +26,7 @@ from stepwell.quantizers import Encoded
 from stepwell.run import notices, sharding, state, writes
 from stepwell.run.calibrate import BatchLoss, Calibration, calibrate
 from stepwell.run.check import managed_of, optimizers_of
-from stepwell.run.managed import Managed
+from stepwell.run.managed import Managed, groups_of
 from stepwell.run.opened import Hooks
 from stepwell.run.rounds import Rounds, Watcher
 from stepwell.run.step import Stepper
@@ -264,6 +264,7 @@ class Run:
         """Repair what an exception left and adopt outside writes; every public call starts here."""
         if not self._handles:
             raise RuntimeError("this run has ended (`finalize` or `detach`). Attach a method again to go on.")
+        sharding.reshard(self.model)
         writes.refuse_orphans(self._managed)
         self._stepper.repair()
         if self._shown is None:
@@ -272,6 +273,7 @@ class Run:
     def _check_in(self) -> None:
         """Look at the parameters before a step."""
         writes.refuse_thawed(self._frozen)
+        writes.refuse_orphans([one for one in self._managed if one.parameter.grad is None and not groups_of(one.parameter)])
         self._adopt_writes()
 
     def _end(self, what: str) -> None:
@@ -290,6 +292,7 @@ class Run:
             yield
         finally:
             self._shown = None
+            sharding.reshard(self.model)
             for one in self._managed:
                 one.note()
             torch.clear_autocast_cache()

@@ -6,9 +6,10 @@ extremes over all shards: a maximum, which is the same number in any order. Heal
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell import scales
 from stepwell.health import FRACTIONS, Vitals
@@ -53,6 +54,16 @@ def pooled(managed: Sequence[Managed], rows: Mapping[str, Vitals]) -> dict[str, 
             means = {key: share / elements for key, share in zip(FRACTIONS, shares, strict=True)}
             found[one.name] = replace(rows[one.name], elements=round(elements), finite=not sick, **means)
     return found
+
+
+def reshard(model: nn.Module) -> None:
+    """Have a model hold its shards again where it does not: FSDP2 leaves the root's weights whole after a pass without gradients.
+
+    Until then the model runs on copies, which nothing that is written to the shards reaches.
+    """
+    sharded: Iterable[Any] = (module for module in model.modules() if hasattr(module, "reshard"))
+    for module in sharded:
+        module.reshard()
 
 
 def check_spanning(one: Managed) -> None:

@@ -76,8 +76,9 @@ def refuse_orphans(managed: Sequence[Managed]) -> None:
     for one in managed:
         if one.orphaned:
             raise RuntimeError(
-                f"{one.name!r} is another parameter now than when the run began (load_state_dict with assign=True, a replaced layer): "
-                "the run trains one that the model no longer holds. Load without `assign`, or attach after replacing."
+                f"{one.name!r} is another parameter now than when the run began (load_state_dict with assign=True, a replaced layer, "
+                "`fully_shard` or accelerate's `prepare`): the run trains one that the model no longer holds. Load without `assign`, or "
+                "attach after replacing."
             )
 
 
