@@ -8,23 +8,11 @@ import pytest
 import torch
 
 import stepwell as sw
-from stepwell.schedules import sigmoid
+from stepwell.integrations.transformers import attaching_trainer, trainer_callback
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from tests.integrations.trainer_subject import LENGTH, Q, Rows, built, trainer
-
-METHODS = {
-    "ste": lambda: sw.ste(Q),
-    "lotion": lambda: sw.lotion(Q),
-    "ste + lotion": lambda: sw.lotion(Q, forward="nearest"),
-    "learned": lambda: sw.learned(sw.parq(Q, slope=sigmoid(1, 0, steps=8))),
-}
-
-
-def latent(run, model):
-    with run.latent():
-        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+from tests.integrations.trainer_subject import LENGTH, METHODS, RATE, Q, Rows, built, latent, llama, trainer
 
 
 def same(one, two):
@@ -176,9 +164,57 @@ def test_count_can_be_left_to_the_caller(tmp_path):
     assert parts[2].loss_terms == 7
 
 
-def test_missing_extra_is_named(monkeypatch):
-    from stepwell.integrations.transformers import trainer_callback
+def attaching(folder, attach, **options):
+    """A Trainer that makes its optimizer itself: the steps of `trainer`, at a constant rate."""
+    from transformers import TrainingArguments
 
+    settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential", "report_to": [],
+                "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "learning_rate": RATE, "seed": 1,
+                "optim": "adamw_torch", "lr_scheduler_type": "constant", "max_steps": 6, "save_strategy": "steps",
+                "save_steps": 3, **options}  # fmt: skip
+    args = TrainingArguments(output_dir=str(folder), **settings)
+    return attaching_trainer(attach)(llama(), args, train_dataset=Rows(48), eval_dataset=Rows(8, seed=1))
+
+
+def begin(model, optimizer):
+    return sw.attach(model, METHODS["learned"](), optimizer, skip=["lm_head"])
+
+
+def test_trainer_that_attaches_itself_trains_and_resumes_like_one_that_is_given_a_run(tmp_path):
+    made = attaching(tmp_path / "own", begin)
+    made.train()
+    model, optimizer, run = built(METHODS["learned"]())
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0  # the default of TrainingArguments
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    theirs, follow = trainer(tmp_path / "given", (model, optimizer, run), max_steps=6)
+    theirs.optimizer, theirs.lr_scheduler = optimizer, schedule
+    theirs.train()
+    assert same(dict(made.model.named_parameters()), dict(model.named_parameters()))
+    again = attaching(tmp_path / "own", begin)
+    again.train(resume_from_checkpoint=str(tmp_path / "own" / "checkpoint-3"))
+    assert again.follow.run.steps == 6
+    assert same(dict(made.model.named_parameters()), dict(again.model.named_parameters()))
+    assert all(torch.equal(one.scales, follow.encoded[name].scales) for name, one in again.follow.encoded.items())
+
+
+def test_run_on_another_optimizer_than_the_trainers_is_refused_before_training(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, _, run = built(METHODS["ste"]())
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    with pytest.raises(RuntimeError, match=r"optimizer of its own.*`optimizers=\(optimizer, scheduler\)`.*`attaching_trainer"):
+        Trainer(model, args, train_dataset=Rows(8), callbacks=[trainer_callback(run)]).train()
+
+
+def test_attach_that_returns_no_run_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"`attach` must return the run .* got NoneType"):
+        attaching(tmp_path, lambda model, optimizer: None).train()
+
+
+def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ModuleNotFoundError, match=r"accelerate.*stepwell\[hf\]"):
         trainer_callback(built(METHODS["ste"]())[2])
+    with pytest.raises(ModuleNotFoundError, match=r"accelerate.*stepwell\[hf\]"):
+        attaching_trainer(begin)

@@ -6,9 +6,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import stepwell as sw
 from stepwell.integrations.transformers import trainer_callback
+from stepwell.schedules import sigmoid
+from stepwell.train.ranks import whole
 
 VOCABULARY, LENGTH, RATE = 32, 16, 3e-3
 Q = sw.int3(block=16)
+METHODS = {
+    "ste": lambda: sw.ste(Q),
+    "lotion": lambda: sw.lotion(Q),
+    "ste + lotion": lambda: sw.lotion(Q, forward="nearest"),
+    "learned": lambda: sw.learned(sw.parq(Q, slope=sigmoid(1, 0, steps=8))),
+}
 
 
 class Rows(Dataset):
@@ -42,6 +50,12 @@ def built(method, *, seed=0):
     model = llama(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     return model, optimizer, sw.attach(model, method, optimizer, skip=["lm_head"])
+
+
+def latent(run, model):
+    """Return what the run trains, whole where it is in shards."""
+    with run.latent():
+        return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
 def trainer(folder, parts, *, rows=48, count=True, **options):

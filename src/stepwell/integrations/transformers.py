@@ -6,6 +6,18 @@
     Trainer(model, args, train_dataset=.., optimizers=(optimizer, scheduler), callbacks=[follow]).train()
     follow.encoded                     # codes and scales by parameter name; `model` holds exactly these weights
 
+Under FSDP the Trainer takes no optimizer: it makes its own, and accelerate puts shards in place of the parameters. The run then begins
+between the two, in a Trainer that knows when:
+
+    def begin(model, optimizer):
+        return sw.attach(model, sw.lotion(q, forward="nearest"), optimizer)
+
+    made = attaching_trainer(begin)(model, args, train_dataset=..)     # args: TrainingArguments(fsdp=True, ..)
+    made.train()
+    made.follow.encoded                # the callback is there already
+
+It serves one process and DDP as well. On a CPU accelerate takes `fsdp` for DDP, without a word.
+
 What lies in a checkpoint folder:
 
 | file | holds |
@@ -21,18 +33,20 @@ into the model. Without the callback: `run.finalize()` before the model is saved
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stepwell.export.extras import need
 from stepwell.health import FRACTIONS, Vitals
 from stepwell.quantizers import Encoded
 from stepwell.run.attach import Run
+from stepwell.run.check import has_run
 from stepwell.storage import load, save
 from stepwell.train.ranks import here, put_
 
@@ -64,13 +78,58 @@ def trainer_callback(run: Run, *, count: bool = True) -> Any:
     return type("StepwellCallback", (_Following, TrainerCallback), {})(run, count)
 
 
+def attaching_trainer(attach: Callable[[nn.Module, Optimizer], Run], *, base: type | None = None, count: bool = True) -> Any:
+    """Return a class of Trainers that make their optimizer themselves and attach to it at the one moment when that is right.
+
+    It is when accelerate has prepared model and optimizer, which under FSDP2 are shards by then, and no checkpoint has been loaded yet.
+
+    Args:
+        attach: `attach(model, optimizer)` -> the run, called once per `train`; the optimizer is that of `args` or of `create_optimizer`.
+        base: the Trainer to derive from, such as TRL's; None is transformers' own.
+        count: as in `trainer_callback`.
+
+    Returns:
+        A subclass of `base`, made and used like it; from `train` on it has `follow`, the callback (see `trainer_callback`).
+
+    Raises:
+        ModuleNotFoundError: transformers or accelerate is not installed.
+    """
+    need("transformers", "accelerate", extra="hf")
+    from transformers import Trainer
+
+    return type("AttachingTrainer", (_Attaching, base or Trainer), {"_attach": staticmethod(attach), "_count": count})
+
+
+class _Attaching:
+    """Attaches when the optimizer holds what it will step; made by `attaching_trainer`."""
+
+    follow: Any = None
+    _attach: Callable[[nn.Module, Optimizer], Run]
+    _count: bool
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        """Begin the run, then make the schedule: Trainer calls this once everything is prepared, and loads a checkpoint after it."""
+        trainer: Any = self
+        if trainer.follow is not None:
+            trainer.remove_callback(trainer.follow)
+        _refuse_renamed(trainer.model)
+        run = self._attach(trainer.model, _bare(optimizer or trainer.optimizer))
+        if not isinstance(run, Run):
+            raise TypeError(f"`attach` must return the run that `sw.attach` gives it: got {type(run).__name__}.")
+        trainer.follow = trainer_callback(run, count=self._count)
+        trainer.add_callback(trainer.follow)
+        parent: Any = super()
+        return parent.create_scheduler(num_training_steps, optimizer)
+
+
 class _Following:
     """Follows a run through a Trainer's events; made by `trainer_callback`."""
 
     def __init__(self, run: Run, count: bool) -> None:
         self.run = run
         self.encoded: dict[str, Encoded] | None = None
-        self._terms = 0.0
+        self._terms: float | None = None
+        self._told = False
         self._vitals: Vitals | None = None
         self._shown = ExitStack()
         self._hook = run.model.register_forward_pre_hook(self._count, with_kwargs=True) if count else None
@@ -78,14 +137,25 @@ class _Following:
     # Events, in the order in which a step meets them. Trainer passes much else by keyword.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Show deployed weights to an evaluation before the first step."""
+        """Check that the Trainer steps what the run lives on; show deployed weights to an evaluation before the first step."""
+        if not has_run(_bare(rest["optimizer"])):
+            raise RuntimeError(
+                "the Trainer steps an optimizer of its own, which has no run: nothing would be trained for the grid. Give it the run's by "
+                "`optimizers=(optimizer, scheduler)`, or, under FSDP, where it takes none, use `attaching_trainer(..)` in place of Trainer."
+            )
         if args.eval_on_start:
             self._show()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Tell the run what the step averages over."""
-        if self._terms:
-            self.run.loss_terms, self._terms = self._terms, 0.0
+        """Tell the run what the step averages over, on all ranks."""
+        if self._terms is None:
+            return
+        ranks, everywhere = here(args.device), self._told and args.average_tokens_across_devices
+        terms, self._terms = self._terms, None
+        if ranks.size > 1 and not everywhere:
+            terms = float(ranks.total(torch.tensor(terms, dtype=torch.float64, device=ranks.device)))
+        if terms:
+            self.run.loss_terms = terms
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Look at the run for the line that is logged, then show deployed weights to the evaluation, where these follow."""
@@ -145,10 +215,28 @@ class _Following:
         if not model.training:
             return
         told, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        self._told = told is not None
         if told is not None:
             self._terms = float(told)
         elif isinstance(labels, Tensor):
-            self._terms += float(here(labels.device).total(labels.ne(IGNORED).sum()))
+            self._terms = (self._terms or 0.0) + float(labels.ne(IGNORED).sum())
+
+
+def _bare(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside what accelerate makes of it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: Optimizer = optimizer
+    return found
+
+
+def _refuse_renamed(model: nn.Module) -> None:
+    """Refuse parameters whose names no checkpoint has."""
+    if any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
+        raise ValueError(
+            "`fsdp_config`: its `activation_checkpointing` renames the parameters, and the codes would be written under names that no "
+            "model has. Use `gradient_checkpointing=True` of TrainingArguments, which does the same."
+        )
 
 
 def put(model: nn.Module, encoded: Mapping[str, Encoded]) -> None:

@@ -35,7 +35,7 @@ def optimizers_of(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
                 f"`optimizer`: this {type(optimizer).__name__} was loaded from a run's state before `attach`, which would lose the latent "
                 "weights. Build, attach, load, in this order."
             )
-        if any(getattr(hook, "__module__", "").startswith("stepwell.") for hook in hooks.values()):
+        if has_run(optimizer):
             raise ValueError(
                 f"`optimizer`: this {type(optimizer).__name__} already has a run. Call its `finalize()` or `detach()` first, "
                 "or give all methods in one mapping: `attach(model, {'*.mlp.*': ..., '*': ...}, optimizer)`."
@@ -45,6 +45,11 @@ def optimizers_of(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     if len(set(map(id, found))) < len(found):
         raise ValueError(f"`optimizer` lists one {type(found[0]).__name__} twice. Give every optimizer once.")
     return found
+
+
+def has_run(optimizer: Optimizer) -> bool:
+    """Whether a run lives on an optimizer."""
+    return any(getattr(hook, "__module__", "").startswith("stepwell.") for hook in optimizer._optimizer_step_pre_hooks.values())
 
 
 def managed_of(
