@@ -81,6 +81,7 @@ METHODS: dict[str, Callable[[Quantizer], Method]] = {
     "learned scales, parq": lambda q: sw.learned(sw.parq(q, slope=sigmoid(1, 0, steps=ANNEALED))),
     "carried weights": lambda q: sw.learned(sw.lotion(q, loss_terms=TERMS, forward="nearest"), rate=0.02, carry=True),
     "learned scales, latent": lambda q: sw.learned(sw.lotion(q, loss_terms=TERMS)),
+    "faster": lambda q: sw.faster(sw.lotion(q, loss_terms=TERMS, forward="nearest"), 2.0),
     "default": lambda q: recipe(q, steps=ANNEALED, loss_terms=TERMS),
 }
 OWN_SCALES = (  # none with zero points

@@ -23,7 +23,7 @@ _HOME = {
     "lsq": "stepwell.methods.lsq",
     "parq": "stepwell.methods.parq",
     **dict.fromkeys(("held", "learned"), "stepwell.methods.learned"),
-    **{name: f"stepwell.methods.{name}" for name in ("binary_relax", "cage", "coupled", "fisher", "prox", "sampled", "soft")},
+    **{name: f"stepwell.methods.{name}" for name in ("binary_relax", "cage", "coupled", "faster", "fisher", "prox", "sampled", "soft")},
     "distillation": "stepwell.methods.distill",
     "gauss_newton": "stepwell.run.gauss_newton",
     "quantize_training": "stepwell.train.quantize",
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from stepwell.methods.cage import cage
     from stepwell.methods.coupled import coupled
     from stepwell.methods.distill import distillation
+    from stepwell.methods.faster import faster
     from stepwell.methods.fisher import fisher
     from stepwell.methods.learned import held, learned
     from stepwell.methods.lotion import lotion

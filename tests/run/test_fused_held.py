@@ -27,7 +27,15 @@ GRIDS = [
     sw.ternary(block=32),
 ]
 SUMMED = ("ste + lotion", "lotion", "lotion, scale frozen", "held scales, lotion", "own curvature", "lsq", "learned scales, parq")
-SUMMED = (*SUMMED, "carried weights", "learned scales, latent", "default", "coupled", "coupled, nearest")  # last two: products reordered
+SUMMED = (
+    *SUMMED,
+    "carried weights",
+    "faster",
+    "learned scales, latent",
+    "default",
+    "coupled",
+    "coupled, nearest",
+)  # last two: products reordered
 SERVED = [name for name in METHODS if name != "soft"]  # which is not equal to the last bit: test_fused_soft.py
 
 

@@ -89,6 +89,7 @@ class Method(NamedTuple):
         unbiased: whether the method takes randomized rounding for unbiased, which it is only inside the grid.
         strength: of a penalty whose gradient moves the weights, in theory's unit; what its stability is judged by.
         carries: whether the latent weights of a block are multiplied by as much as `gradient` has moved its own "scale".
+        rate_multiplier: how many times as long the optimizer's steps of the latent weights are made, weight decay included.
     """
 
     quantizer: Quantizer
@@ -106,6 +107,7 @@ class Method(NamedTuple):
     unbiased: bool = False
     strength: float | Schedule | None = None
     carries: bool = False
+    rate_multiplier: float = 1.0
 
     @property
     def deploys_nearest(self) -> bool:

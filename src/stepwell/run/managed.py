@@ -31,6 +31,7 @@ class Managed:
         begun: whether the method is on for it.
         latent: local latent weight, where the method deploys something else.
         tensors: the method's own tensors, one row per block.
+        moved: what the latent weights were multiplied by when the optimizer was last given them, `(blocks, 1)`; None where by nothing.
         fit: scales that the Run holds instead of refitting them, where the rule is a search.
         groups: process groups that hold the other shards, where a scale spans them; empty elsewhere.
         reach: what all ranks have agreed on there: the tensor's `(1, 2)` lowest and highest weight, or its 0-dim scale of the scales.
@@ -49,6 +50,7 @@ class Managed:
     begun: bool = False
     latent: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    moved: Tensor | None = None
     fit: Fit | None = None
     groups: tuple[Any, ...] = ()
     reach: Tensor | None = None
@@ -107,6 +109,7 @@ class Managed:
         """Give the optimizer the latent weight, times what its scales were multiplied by, `(blocks, 1)`; the latent itself stays."""
         if self.latent is None:
             return
+        self.moved = moved
         if moved is None:
             self.weight.copy_(self.latent)
             return

@@ -63,7 +63,12 @@ def _block(one: Managed) -> int:
 def _known(one: Managed) -> bool:
     """Whether the kernels know a parameter's method and grid, and its blocks lie one after the other in contiguous memory."""
     method, quantizer = one.method, one.quantizer
-    if method.gradient is not None or method.prox is not None or not (method.deploy is None or method.deploys_nearest):
+    if (
+        method.rate_multiplier != 1
+        or method.gradient is not None
+        or method.prox is not None
+        or not (method.deploy is None or method.deploys_nearest)
+    ):
         return False
     if method.push is None:
         known = method.deploy is not None

@@ -21,6 +21,7 @@ from stepwell.run.managed import Managed, wide
 PIECE = 1 << 17  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
 
+MOVED = "moved"  # among a context's tensors: what latent weights were multiplied by before the optimizer's step
 REACH = 10.0  # how many root mean square gradients a penalty may push a weight with
 
 Pass = Callable[..., None]
@@ -39,6 +40,14 @@ def show(method: Method, context: Context, parameter: Tensor, latent: Tensor) ->
     assert method.deploy is not None
     shown = method.deploy(wide(latent), context)
     parameter.copy_(shown)
+
+
+def lengthen(method: Method, context: Context, parameter: Tensor, latent: Tensor) -> None:
+    """Make the optimizer's step as many times as long as the method says; the latent weight is still the one before."""
+    before = wide(latent)
+    if MOVED in context.tensors:
+        before = before * context.tensors[MOVED]
+    parameter.copy_(torch.lerp(before, wide(parameter), method.rate_multiplier))
 
 
 def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor, deployed: Tensor) -> None:

@@ -157,6 +157,8 @@ class Stepper:
         if optimizer in self._active:  # else a skipped step, or one that only created optimizer state
             self.steps[optimizer] += 1
             opened = self._active[optimizer]
+            for entry in opened:
+                self._lengthen(entry)
             moved = [(entry.one, entry.terms) for entry in opened if not entry.taken and self._regularizes(entry.one)]
             sharding.agree([(one, one.weight) for one, _ in moved if one.groups])
             for one, terms in moved:
@@ -237,6 +239,16 @@ class Stepper:
             return result
 
         return run
+
+    def _lengthen(self, entry: Opened) -> None:
+        """Make the optimizer's step longer, where the method asks for it."""
+        one = entry.one
+        if entry.taken or one.latent is None or one.method.rate_multiplier == 1:
+            return
+        context = self._context(one, entry.terms)
+        if one.moved is not None:
+            context = context._replace(tensors={**context.tensors, passes.MOVED: one.moved})
+        self._run(passes.lengthen, one, context, [one.weight, one.latent])
 
     def _regularizes(self, one: Managed) -> bool:
         """Whether the method takes a step of its own after the optimizer's."""
