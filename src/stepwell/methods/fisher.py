@@ -20,7 +20,8 @@ FISHER, SEEN = "fisher", "fisher_seen"
 def fisher(method: Method, *, decay: float = 0.99) -> Method:
     """Return a method that takes its curvature from its own average of squared gradients: for SGD, Muon and their like.
 
-    Costs one more tensor of the weight's size. It averages the task gradient, before a method changes it.
+    Costs one more tensor of the weight's size, and another while a step is open, which takes the average back should the step fail. It
+    averages the task gradient, before a method changes it.
 
     Args:
         method: one with a penalty or a proximal step that reads curvature, such as `lotion(q, loss_terms=..)` or `prox(q, ..)`.

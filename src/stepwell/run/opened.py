@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from stepwell.methods.fisher import FISHER
 from stepwell.run import moments
 from stepwell.run.managed import SCALE, Managed
 
+MOVED = (SCALE, FISHER)  # how the names begin of what a method's gradient moves
 Terms = Callable[[Managed, int], float]
 Replaced = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -27,7 +29,8 @@ class Opened(NamedTuple):
         pushed: the optimizer's step count at a push; None without one.
         terms: loss terms.
         taken: whether the optimizer makes the whole step, so that nothing is done around it.
-        scales: the method's own scales, and what they learn with, as they were before the step: one number per block each.
+        scales: the method's own scales, and what they learn with, as they were before the step: one number per block each. With them the
+            average of squared gradients, where a method keeps one.
     """
 
     one: Managed
@@ -47,13 +50,13 @@ class Opened(NamedTuple):
         return self.one.tensors[SCALE] / self.scales[SCALE] if self.one.carries and SCALE in self.scales else None
 
     def put_scales_back(self) -> None:
-        """Undo what the method's gradient did to its scales."""
+        """Undo what the method's gradient did to its scales and its average."""
         for key, tensor in self.scales.items():
             self.one.tensors[key].copy_(tensor)
 
 
 def remember(one: Managed, terms: float, *, taken: bool) -> Opened:
-    """Return the record of a parameter whose step begins; only a method that changes gradients can move its scales."""
-    moves = not taken and one.method.gradient is not None and SCALE in one.tensors
-    scales = {key: tensor.clone() for key, tensor in one.tensors.items() if moves and key.startswith(SCALE)}
+    """Return the record of a parameter whose step begins; only a method that sees gradients can move its scales and its average."""
+    moves = not taken and one.method.gradient is not None
+    scales = {key: tensor.clone() for key, tensor in one.tensors.items() if moves and key.startswith(MOVED)}
     return Opened(one, None, terms, taken, scales)
