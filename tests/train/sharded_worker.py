@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 from tests.language import SMALL, session_of, tiny, tokens_in
 
+from stepwell.train.blame import culprit
+from stepwell.train.evaluation import evaluate
 from stepwell.train.pretrain import pretrain
 from stepwell.train.ranks import here, together, whole
 from stepwell.train.session import advance
+from stepwell.train.tokens import batch
 
 NAMES = ("int4_1m_both", "int4_1m", "fp4_1m_lotion")  # STE + LOTION; learned scales; scales of scales, which span shards
+LOOKS = ("fp_1m", "int4_1m_lotion")
 STEPS = 20
 UNEVEN = SMALL._replace(vocabulary=301)
 LAST = "step-000000008"
@@ -24,7 +28,7 @@ LAST = "step-000000008"
 
 def recipe(name="int4_1m", **changes):
     """The tests' recipe: 6 rows a step, so 3 for each rank, in micro-batches of 2 and 1."""
-    return tiny(name, architecture=UNEVEN, micro=2, save_every=4, **changes)
+    return tiny(name, **{"architecture": UNEVEN, "micro": 2, "save_every": 4, **changes})
 
 
 def weights(session):
@@ -39,11 +43,31 @@ def weights(session):
         return held()
 
 
+def furthest(one, two):
+    """Return the largest difference between two runs' weights."""
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
 def trained(name, tokens, *, replicate=False):
     """Take 20 steps in float64; return the losses and the latent weights."""
     ranks = here("cpu", replicate=replicate)
     session = session_of(recipe(name, steps=STEPS), tokens, dtype=torch.float64, ranks=ranks)
     losses = [advance(session, step)["loss"] for step in range(STEPS)]
+    found = weights(session)
+    if session.run is not None:
+        session.run.detach()
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **found}
+
+
+def looked(name, tokens):
+    """Look at a model whose head is on the grid too after each of two steps; return the losses, and the latent weights at the end."""
+    head = {"architecture": UNEVEN._replace(tied=False), "skip": ()}
+    session = session_of(recipe(name, **head), tokens, dtype=torch.float64, ranks=here("cpu"))
+    losses = []
+    for step in range(2):
+        advance(session, step)
+        losses += evaluate(session.model, session.run, session.recipe, tokens.held, session.ranks, draws=2)
     found = weights(session)
     if session.run is not None:
         session.run.detach()
@@ -64,6 +88,18 @@ def begun(source, target):
     shutil.rmtree(target / "checkpoints" / LAST)
 
 
+def blamed(tokens):
+    """Return where a gradient that is infinite in one weight of one rank's shard, in FSDP2's root, is said to be."""
+    session = session_of(recipe(), tokens, ranks=here("cpu"))
+    advance(session, 0)
+    model, ranks = session.model, session.ranks
+    if not ranks.first:
+        model.get_parameter("model.embed_tokens.weight").grad.to_local()[0, 0] = torch.inf
+    rows = batch(tokens.train, ranks.rows(6), step=0, size=6, length=16, seed=0)
+    session.run.detach()
+    return culprit(model, [rows], session.recipe, ranks)
+
+
 def refused():
     """Return what a world size is told that does not divide the rows."""
     try:
@@ -79,8 +115,11 @@ def main(folder: Path) -> None:
         ranks, found = here("cpu"), {}
         print(f"rank {ranks.rank}: {refused()}", flush=True)
         tokens = tokens_in(folder / f"tokens{ranks.rank}")
+        print(f"rank {ranks.rank}: {blamed(tokens)}", flush=True)
         for name in NAMES:
             found[f"shards {name}"] = trained(name, tokens)
+        for name in LOOKS:
+            found[f"looks {name}"] = looked(name, tokens)
         found["copies int4_1m"] = trained("int4_1m", tokens, replicate=True)
         found["run"] = run(folder, "two")
         if ranks.first:

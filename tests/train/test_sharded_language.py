@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 from tests.language import text_folder, tokens_in
-from tests.train.sharded_worker import NAMES, run, trained
+from tests.train.sharded_worker import LOOKS, NAMES, furthest, looked, run, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
 def alone(folder):
     """One process: the run to its end, and in float64 each recipe."""
     tokens = tokens_in(folder / "tokens")
-    return {"run": run(folder, "alone"), **{name: trained(name, tokens) for name in NAMES}}
+    looks = {f"looks {name}": looked(name, tokens) for name in LOOKS}
+    return {"run": run(folder, "alone"), **{name: trained(name, tokens) for name in NAMES}, **looks}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,6 @@ def two(folder, alone):
     return cases, done.stdout
 
 
-def furthest(one, two):
-    assert one.keys() == two.keys()
-    return max(float((one[name] - two[name]).abs().max()) for name in one)
-
-
 @pytest.mark.parametrize("case", [*(f"shards {name}" for name in NAMES), "copies int4_1m"])
 def test_twenty_steps_in_float64_equal_one_process(two, alone, case):
     """Sums of 96 terms in another order differ by 1e-16 of them, and Adam's first steps divide by their own size; a code that flips, a
@@ -55,6 +51,15 @@ def test_twenty_steps_in_float64_equal_one_process(two, alone, case):
     found, expected = two[0][case], alone[case.split()[1]]
     torch.testing.assert_close(found.pop("losses"), expected["losses"], rtol=1e-6, atol=0)  # losses are summed in float32
     assert furthest(found, {name: tensor for name, tensor in expected.items() if name != "losses"}) < 1e-9
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_evaluations_between_steps_see_and_leave_what_one_process_has(two, alone, name):
+    """A pass without gradients leaves FSDP2's root whole, embedding and head with it: neither stale to read nor lost to write."""
+    found, expected = two[0][f"looks {name}"], alone[f"looks {name}"]
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-6, atol=0)
+    assert len(set(expected["losses"].tolist())) == 6
+    assert furthest(found, expected | {"losses": found["losses"]}) < 1e-9
 
 
 def test_float32_run_on_two_ranks_equals_one_process_until_a_code_flips(two, alone):
@@ -81,6 +86,11 @@ def test_checkpoint_of_two_ranks_resumes_on_one(folder, two):
 def test_world_size_that_does_not_divide_the_rows_is_told_to_every_rank(two):
     for rank in range(2):
         assert f"rank {rank}: `rows` per step must be a multiple of the number of processes: got 7 rows for 2 processes." in two[1]
+
+
+def test_gradient_that_is_not_finite_on_one_rank_is_named_on_both(two):
+    for rank in range(2):
+        assert f"rank {rank}: the gradient of model.embed_tokens.weight" in two[1]
 
 
 def test_one_rank_alone_writes(folder, two):

@@ -28,12 +28,12 @@ def culprit(model: nn.Module, batches: Iterable[Tensor], recipe: Recipe, ranks: 
     weight = _agreed([(name, not _finite(weight)) for name, weight in model.named_parameters()], ranks)
     if weight:
         return f"the weight {weight}"
+    # the backward pass begins at the end of the model; gathered before the model runs again, which leaves FSDP2's root without gradients
+    trained = [(name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())) if parameter.requires_grad]
     for tokens in batches:
         output = _agreed(_first_output(model, tokens, recipe), ranks)
         if output:
             return f"the output of {output}"
-    # the backward pass begins at the end of the model
-    trained = [(name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())) if parameter.requires_grad]
     gradient = _agreed([(name, grad is not None and not _finite(grad)) for name, grad in trained], ranks)
     return f"the gradient of {gradient}" if gradient else "the loss alone"
 
