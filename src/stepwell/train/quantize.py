@@ -1,8 +1,8 @@
 """One call for the best recipe we know: every code of the grid, scales searched then learned, an annealed forward pass, LOTION's penalty.
 
 At two to four bits every part adds, in this order of size: all 2^b codes, a searched start of the scales, scales that are learned (LSQ),
-the annealed forward pass (PARQ), the curvature penalty (LOTION), which is kept away from the learned scale, and scales that carry their
-blocks' weights along.
+the annealed forward pass (PARQ), scales that carry their blocks' weights along, latent weights that learn faster than the parameters in
+float, and the curvature penalty (LOTION), which is kept away from the learned scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from stepwell.formats import integer
 from stepwell.methods.base import Method
 from stepwell.methods.distill import distillation
+from stepwell.methods.faster import faster
 from stepwell.methods.fisher import fisher
 from stepwell.methods.learned import learned
 from stepwell.methods.lotion import lotion
@@ -27,14 +28,18 @@ from stepwell.schedules import sigmoid
 
 ANNEALED = 0.8  # share of the run in which the forward pass goes from free to rounded weights
 
-# Strength of the penalty in theory's unit. On validation data of a byte language model, means of two seeds, 2 instead of 1 changed the
-# loss by -.0010, -.0012 and +.0009 nats at 4, 3 and 2 bits.
-STRENGTH, STRENGTH_2_BITS = 2.0, 1.0
+# All of these were chosen on validation data of a byte language model, as means of three seeds; docs/methods.md has every figure.
 
-# Scales carry their weights along. On the same model, means of three seeds, that changed the loss by -.0052, -.0051 and -.0073 nats at 4, 3
-# and 2 bits against scales that move alone (at .01, with Adam's first moment). More than half of it, -.0029 and -.0030 at 3 and 2 bits, is
-# due to Adam without a first moment. Rates of .01 and .02 are worse by .0013 and .0000 at 3 bits, by .0016 and .0005 at 2.
-RATE, BETAS = 0.015, (0.0, 0.999)
+# Latent weights take steps twice as long as the optimizer makes them: -.0027, -.0028 and -.0055 nats at 4, 3 and 2 bits, at the rate that
+# suits the rest. Full precision wins .0017 by it. Steps 1.5 times as long win as much at 4 and 3 bits and .0010 less at 2.
+MULTIPLIER = 2.0
+
+# Strength of the penalty in theory's unit. With such steps 2 instead of 1 changes the loss by -.0011 nats at 2 bits, and 3 by +.0011.
+STRENGTH = 2.0
+
+# Scales carry their weights along: -.0052, -.0051 and -.0073 against scales that move alone (at .01, with Adam's first moment), more than
+# half of it due to Adam without a first moment. With long steps .02 instead of .015 changes it by -.0010 and -.0010 at 3 and 2 bits.
+RATE, BETAS = 0.02, (0.0, 0.999)
 
 
 def quantize_training(
@@ -51,7 +56,8 @@ def quantize_training(
 ) -> Run:
     """Put the default recipe on a model that was trained in full precision; the loop around it goes on for `steps` steps.
 
-    Use half to three quarters of the learning rate that the full-precision run had, falling to zero.
+    Use half to three quarters of the learning rate that the full-precision run had, falling to zero. Quantized weights take twice that
+    (`sw.faster`), by themselves: the optimizer needs no parameter groups for it.
 
     Args:
         model: any module.
@@ -97,9 +103,9 @@ def quantize_training(
 def recipe(quantizer: Quantizer, *, steps: int, loss_terms: float | None = None) -> Method:
     """Return the default method for a run of `steps` optimizer steps; arguments as in `quantize_training`."""
     grid = all_codes(quantizer)
-    penalty = lotion(grid, strength=STRENGTH if grid.format.bits > 2 else STRENGTH_2_BITS, loss_terms=loss_terms)
+    penalty = lotion(grid, strength=STRENGTH, loss_terms=loss_terms)
     forward = parq(grid, slope=sigmoid(1, 0, steps=max(1, round(ANNEALED * steps))))
-    method = forward._replace(push=penalty.push, loss_terms=penalty.loss_terms, strength=penalty.strength)
+    method = faster(forward._replace(push=penalty.push, loss_terms=penalty.loss_terms, strength=penalty.strength), MULTIPLIER)
     if grid.format.levels == "affine" or isinstance(grid.rule, float):
         return method._replace(name="default")  # nothing to learn: the scale is given, or bound to a zero point
     return learned(method, rate=RATE, betas=BETAS, carry=True)._replace(name="default")
