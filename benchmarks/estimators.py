@@ -2,11 +2,11 @@
 
     python benchmarks/estimators.py [--only METHOD] [--bits 4.5 4 3 2] [--sweep] [--wide] [--tables] [--base NAME]
 
-Protocol: `estimating/lab.py` says what is trained, `estimating/methods.py` and `peers.py` how. Every method gets three learning rates,
-tried at 3 bits on the validation part of the corpus with the data of seed 0, and is reported at all widths on the test part with three
-other seeds: the best rate's losses, less those of full precision with the same data (its own best of the same three rates). Methods with a
-teacher are held against full precision with the same teacher, which is the full-precision run of the same seed. A run that
-results/estimators.csv holds is not repeated. Writes estimators.csv (runs), estimators_table.csv, estimators.svg and the tables of
+Protocol: `estimating/lab.py` says what is trained, `estimating/methods.py` and `peers.py` how. Every method gets three learning rates at
+every width, tried on the validation part of the corpus with the data of seed 0, and is reported on the test part with three other seeds:
+the best rate's losses, less those of full precision with the same data (its own best of the same three rates). Methods with a teacher are
+held against full precision with the same teacher, which is the full-precision run of the same seed. A run that results/estimators.csv
+holds is not repeated. Writes estimators.csv (runs), estimators_table.csv, estimators.svg and the tables of
 docs/methods.md; `--tables` runs nothing. `--sweep` takes a method over a fourfold range of rates (test part, one seed) into
 estimators_rates.csv; `--wide` measures its reported runs on 4096 test sequences instead of 512 (estimators_wide.csv).
 
@@ -95,7 +95,7 @@ def main() -> None:
             if options.sweep:
                 runs = sweep(lab, name, everyone[name], bits)
             elif options.wide:
-                runs = measured_wide(lab, name, everyone[name], bits, table.chosen(name, everyone[name]))
+                runs = measured_wide(lab, name, everyone[name], bits, table.chosen(name, bits, everyone[name]))
             for run in runs:
                 print(f"{name:<26} {bits:>3} bits  rate {run.rate:.2g}  seed {run.seed} {run.split:<10} {run.rtn:.4f}", file=sys.stderr)
     if options.sweep or options.wide:

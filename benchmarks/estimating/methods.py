@@ -8,19 +8,20 @@ Grids: "sym" is -q..q, "full" has all 2^b codes and signed scales, "mid" half-od
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 import stepwell as sw
-from estimating.lab import Lab
+from estimating.lab import SKIP, Lab, Student
 from stepwell.methods.base import Method
 from stepwell.methods.binary_relax import binary_relax
 from stepwell.methods.cage import cage
 from stepwell.methods.coupled import coupled
 from stepwell.methods.distill import distillation, plain
+from stepwell.methods.faster import faster
 from stepwell.methods.learned import held
 from stepwell.methods.lsq import lsq
 from stepwell.methods.parq import parq
@@ -36,7 +37,9 @@ HIGHER = (2.2e-3, 3.2e-3, 4.7e-3)  # as many tries around the larger rates that 
 INTEGERS, NVFP4, FLOAT_BITS = (4, 3, 2), 4.5, 32  # widths: bits per weight, NVFP4's with its scales
 ALL = (*INTEGERS, NVFP4)
 FREE = 0.8  # share of the run in which annealed methods come to the grid
+FASTER = 2.0  # rows that say "faster": quantized weights have that multiple of the rate of the parameters in float
 FLOAT = "full precision"
+FASTER_FLOAT = "full precision, faster"
 TAUGHT = "full precision, teacher"
 
 
@@ -58,10 +61,9 @@ class Arm(NamedTuple):
         kind: "control" has no grid, "ours" is what the library recommends, "peer" another library, "method" everything else.
         grid: which codes, in words.
         start: trains it.
-        rates: learning rates that are tried; none where nothing is trained.
+        rates: learning rates that are tried at every width; none where nothing is trained.
         teacher: whether a full-precision model is its teacher, so that it is held against the control that has one too.
         widths: at which it can be run.
-        tried_at: the width at which its rate is chosen, for all of them.
     """
 
     kind: Literal["control", "rounded", "ours", "method", "peer"]
@@ -70,7 +72,6 @@ class Arm(NamedTuple):
     rates: tuple[float, ...] = RATES
     teacher: bool = False
     widths: tuple[float, ...] = INTEGERS
-    tried_at: float = 3
 
 
 def grid(lab: Lab, bits: float, codes: str) -> sw.Quantizer:
@@ -88,6 +89,29 @@ def in_float(lab: Lab, bits: float, rate: float, seed: int, *, taught: bool = Fa
     student = lab.student(rate, seed)
     lab.train(student, distillation(lab.teacher(seed)) if taught else plain)
     return Finished(student.model)
+
+
+def in_float_faster(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
+    """Train on in full precision, with a larger rate for the weights that the others quantize."""
+    student = lab.student(rate, seed)
+    apart(student, lab, FASTER)
+    lab.train(student)
+    return Finished(student.model)
+
+
+def apart(student: Student, lab: Lab, multiplier: float) -> dict[str, Any]:
+    """Give the weights that are quantized a parameter group of their own, with a multiple of the rate, and return it."""
+    weights = [layer.weight for layer in inner(student.model, lab.skip).values()]
+    chosen, group = {id(weight) for weight in weights}, student.optimizer.param_groups[0]
+    group["params"] = [one for one in group["params"] if id(one) not in chosen]
+    settings = {name: value for name, value in group.items() if name != "params"}
+    student.optimizer.add_param_group({**settings, "params": weights, "peak": multiplier * student.rate})
+    return student.optimizer.param_groups[-1]
+
+
+def inner(model: nn.Module, skip: Sequence[str] = SKIP) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that are quantized."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d) and name not in skip}
 
 
 def rounded(codes: str, rule: Literal["absmax", "mse"]) -> Start:
@@ -170,16 +194,18 @@ def arms() -> dict[str, Arm]:
     lotion = ours("sym", lambda q, lab: sw.lotion(q, loss_terms=lab.terms))
     both = {codes: ours(codes, lambda q, lab: sw.lotion(q, loss_terms=lab.terms, forward="nearest")) for codes in ("sym", "full")}
     return {
-        FLOAT: Arm("control", "none", in_float, widths=(FLOAT_BITS,), tried_at=FLOAT_BITS),
+        FLOAT: Arm("control", "none", in_float, widths=(FLOAT_BITS,)),
         "rtn, absmax": Arm("rounded", "sym", rounded("sym", "absmax"), rates=(), widths=ALL),
         "rtn, searched scales": Arm("rounded", "all codes", rounded("all codes", "mse"), rates=(), widths=ALL),
         "gptq, searched scales": Arm("rounded", "full", calibrated("full"), rates=()),
         "default": Arm("ours", "all codes", default, widths=ALL),
         "lsq, all codes": Arm("method", "all codes", ours("all codes", lambda q, lab: lsq(q))),
+        "lsq, all codes, faster": Arm("method", "all codes", ours("all codes", lambda q, lab: faster(lsq(q), FASTER))),
+        FASTER_FLOAT: Arm("control", "none", in_float_faster, widths=(FLOAT_BITS,)),
         "ste, full": Arm("method", "full", ours("full", lambda q, lab: sw.ste(q))),
         "lsq": Arm("method", "sym", ours("sym", lambda q, lab: lsq(q))),
         "ste": Arm("method", "sym", ours("sym", lambda q, lab: sw.ste(q)), widths=ALL),
-        TAUGHT: Arm("control", "none", taught(in_float), HIGHER, teacher=True, widths=(FLOAT_BITS,), tried_at=FLOAT_BITS),
+        TAUGHT: Arm("control", "none", taught(in_float), HIGHER, teacher=True, widths=(FLOAT_BITS,)),
         "default, teacher": Arm("ours", "all codes", taught(default), rates=HIGHER, teacher=True),
         "lotion": Arm("method", "sym", lotion, rates=HIGHER, widths=ALL),
         "ste + lotion": Arm("method", "sym", both["sym"]),

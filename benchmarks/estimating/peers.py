@@ -6,13 +6,14 @@ AdamW at its own rate, which for Brevitas is also that of the scales.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from estimating.lab import BLOCK, SKIP, Lab
-from estimating.methods import Arm, Finished
+from estimating.methods import FASTER, Arm, Finished, apart, inner
 
 MODULES = {"torchao": "torchao", "brevitas": "brevitas", "quanto": "optimum.quanto"}  # by how the methods' names begin
 USUAL = (1e-3,)  # none of them documents a rate for AdamW; this is the optimizer's own
@@ -26,9 +27,10 @@ def peers() -> dict[str, Arm]:
         "torchao parq": Arm("peer", "mid", torchao_parq),
         "torchao qat": Arm("peer", "full, scales > 0", torchao_qat),
         "brevitas, learned scales": Arm("peer", "sym", brevitas),
-        "quanto": Arm("peer", "affine", quanto, widths=(4, 2), tried_at=4),
+        "quanto": Arm("peer", "affine", quanto, widths=(4, 2)),
     }
-    return tuned | {f"{name}, untuned": arm._replace(rates=USUAL) for name, arm in tuned.items()}
+    longer = {"torchao parq, faster": tuned["torchao parq"]._replace(start=partial(torchao_parq, multiplier=FASTER))}
+    return tuned | longer | {f"{name}, untuned": arm._replace(rates=USUAL) for name, arm in tuned.items()}
 
 
 def missing(name: str) -> str:
@@ -42,11 +44,6 @@ def missing(name: str) -> str:
     return ""
 
 
-def inner(model: nn.Module, skip: Sequence[str] = SKIP) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the layers that are quantized."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d) and name not in skip}
-
-
 def replaced(model: nn.Module, made: Callable[[nn.Linear], nn.Linear]) -> None:
     """Replace every layer that is quantized by a peer's, which holds the same parameters."""
     for name, layer in inner(model).items():
@@ -56,19 +53,14 @@ def replaced(model: nn.Module, made: Callable[[nn.Linear], nn.Linear]) -> None:
         setattr(model.get_submodule(parent), own, other)
 
 
-def torchao_parq(lab: Lab, bits: float, rate: float, seed: int) -> Finished:
+def torchao_parq(lab: Lab, bits: float, rate: float, seed: int, *, multiplier: float = 1.0) -> Finished:
     """Train with torchao's PARQ: `QuantOptimizer` around AdamW, uniform grid of 2^bits levels without zero, scales from mean magnitudes."""
     from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
     from torchao.prototype.parq.quant import UnifQuantizer
 
     student = lab.student(rate, seed)
-    weights = [layer.weight for layer in inner(student.model, lab.skip).values()]
-    chosen = {id(weight) for weight in weights}
-    group = student.optimizer.param_groups[0]
-    group["params"] = [one for one in group["params"] if id(one) not in chosen]
-    settings = {name: value for name, value in group.items() if name != "params"}
     block = {} if lab.block == "channel" else {"quant_block_size": lab.block}
-    student.optimizer.add_param_group({**settings, "params": weights, "quant_bits": int(bits), **block})
+    apart(student, lab, multiplier).update(quant_bits=int(bits), **block)
     around = QuantOptimizer(
         student.optimizer,
         UnifQuantizer(),

@@ -1,7 +1,7 @@
 """Runs: the table of single runs, which grows row by row so that a stopped comparison goes on where it was. Running it does nothing.
 
-A learning rate is chosen once per method, at 3 bits (where there are none, at 4), on the validation part with the data of seed 0; what is
-reported at every width are the test losses of other seeds.
+A method's learning rate is chosen at every width, on the validation part with the data of seed 0; what is reported are the test losses
+of other seeds.
 """
 
 import csv
@@ -72,21 +72,21 @@ class Table:
         found = [run for run in self.runs if (run.method, run.bits, run.split) == (method, bits, split)]
         return sorted(found, key=lambda run: (run.rate, run.seed))
 
-    def chosen(self, method: str, arm: Arm) -> float | None:
-        """Return the rate with the least validation loss, a diverged run counting as infinite; None before all were tried.
+    def chosen(self, method: str, bits: float, arm: Arm) -> float | None:
+        """Return the rate with the least validation loss at a width, a diverged run counting as infinite; None before all were tried.
 
         Where there is only one it needs no try, where there is none it is 0.
         """
         if len(arm.rates) < 2:
             return arm.rates[0] if arm.rates else 0.0
-        tried = {run.rate: run.rtn for run in self.of(method, arm.tried_at, "validation") if run.seed == CHOOSING_SEED}
+        tried = {run.rate: run.rtn for run in self.of(method, bits, "validation") if run.seed == CHOOSING_SEED}
         if any(rate not in tried for rate in arm.rates):
             return None
         return min(arm.rates, key=lambda rate: math.inf if math.isnan(tried[rate]) else tried[rate])
 
     def reported(self, method: str, bits: float, arm: Arm) -> list[Run]:
         """Return the test runs at the chosen rate, one per seed."""
-        rate = self.chosen(method, arm)
+        rate = self.chosen(method, bits, arm)
         return [run for run in self.of(method, bits, "test") if run.rate == rate]
 
 
@@ -94,9 +94,9 @@ def fill(table: Table, lab: Lab, name: str, arm: Arm, bits: float) -> Iterable[R
     """Make the runs of an arm at a width that are not there, one at a time: first those that choose the rate."""
     there = {run.key for run in table.runs}
     for rate in arm.rates if len(arm.rates) > 1 else ():
-        if (name, arm.tried_at, rate, CHOOSING_SEED, "validation") not in there:
-            yield made(table, lab, (name, arm.tried_at, rate, CHOOSING_SEED, "validation"), arm)
-    best = table.chosen(name, arm)
+        if (name, bits, rate, CHOOSING_SEED, "validation") not in there:
+            yield made(table, lab, (name, bits, rate, CHOOSING_SEED, "validation"), arm)
+    best = table.chosen(name, bits, arm)
     assert best is not None
     for seed in SEEDS:
         if (name, bits, best, seed, "test") not in there:
