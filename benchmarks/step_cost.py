@@ -70,6 +70,7 @@ def every() -> dict[str, Method]:
         "lsq": sw.lsq(q),
         "learned scales, parq": sw.learned(sw.parq(q, slope=half)),
         "learned scales, latent": sw.learned(sw.lotion(q, loss_terms=TERMS)),
+        "faster": sw.faster(sw.ste(q), 2.0),
         "default": recipe(q, steps=forever, loss_terms=TERMS),
     }
 
