@@ -1,6 +1,9 @@
 """`stepwell train` as a user calls it: from text to a model that other libraries load, and bad input in one line."""
 
+import errno
 import json
+import os
+import shutil
 import sys
 from functools import partial
 
@@ -40,6 +43,9 @@ def place(tmp_path_factory):
     (folder / "mine.py").write_text(MINE)
     text_folder(folder / "texts")
     tokens_in(folder)
+    (folder / "few.txt").write_text("one stair")
+    shutil.copytree(folder / "data", folder / "bare")
+    shutil.rmtree(folder / "bare" / "tokenizer")
     return folder
 
 
@@ -117,6 +123,9 @@ def test_stopped_and_resumed_from_the_command_line(run, place):
         (("mine:both", "--out", "x", "--data", "data", "--steps", "0"), "`steps` of a recipe must be a whole number"),
         (("mine:both", "--out", "x", "--data", "data", "--track", "mlflow"), "`track` must be tensorboard or wandb"),
         (("mine:both", "--out", "mine.py"), "`out`"),
+        (("mine:both", "--out", "x", "--data", "data", "--resume"), "`resume`: there is no folder x"),
+        (("mine:both", "--out", "x", "--data", "few.txt"), "`data` is too short: 1 documents"),
+        (("mine:both", "--out", "x", "--data", "bare"), "`data`: bare lacks its tokenizer"),
     ],
     ids=lambda value: None if isinstance(value, tuple) else "",
 )
@@ -126,7 +135,7 @@ def test_bad_input_is_one_line_and_exit_code_two(run, place, arguments, said):
     assert (code, out) == (2, "")
     assert line.startswith("stepwell: ")
     assert said in line
-    assert not (place / "x" / "run.json").exists()
+    assert not (place / "x").exists()
 
 
 def test_a_run_that_diverges_is_one_line_and_exit_code_one(run, place, monkeypatch):
@@ -151,6 +160,26 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     code, _, err = run("mine:both", "--data", "data", "--out", "interrupted")
     assert code == 130
     assert "--resume goes on from the last checkpoint" in err
+
+
+def test_a_full_disk_at_the_end_leaves_the_checkpoint_which_resume_finishes(run, place, monkeypatch):
+    """The metrics are lost too: the table has no speed then, and all else."""
+    from stepwell.train import outcome
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outcome, "save", full)
+        code, _, err = run("mine:both", "--data", "data", "--out", "full", "--steps", "2")
+    assert code == 1
+    assert "No space left on device). Its last checkpoint is whole; make room and start again with --resume." in err.splitlines()[-1]
+    assert not [path for path in (place / "full").iterdir() if "model" in path.name]
+    (place / "full/metrics.jsonl").write_text("")
+    code, out, _ = run("mine:both", "--data", "data", "--out", "full", "--steps", "2", "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens_per_second"] is None
+    assert (place / "full/model/encoded.safetensors").is_file()
 
 
 def test_the_bar_says_what_is_known():

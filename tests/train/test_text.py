@@ -65,6 +65,20 @@ def test_a_bad_line_is_named(tmp_path, line):
         list(documents(str(tmp_path)))
 
 
+def test_packed_lines_that_are_cut_off_or_not_packed_are_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_text("x")
+    with pytest.raises(ValueError, match=r"`data`: .*a.jsonl.gz cannot be read as lines of JSON: Not a gzipped file"):
+        list(documents(str(tmp_path)))
+    whole = gzip.compress(b'{"text": "a stair that goes down to the water"}\n' * 50)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r"a.jsonl.gz cannot be read as lines of JSON"):
+        list(documents(str(tmp_path)))
+    (tmp_path / "a.jsonl.gz").unlink()
+    (tmp_path / "b.jsonl").write_bytes('{"text": "ü"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b.jsonl cannot be read as lines of JSON: 'utf-8' codec"):
+        list(documents(str(tmp_path)))
+
+
 def test_nothing_to_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         documents(str(tmp_path))

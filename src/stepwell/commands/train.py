@@ -42,6 +42,10 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a language model by a recipe, for a grid or in full precision; measure it rounded, and write a model that ships."""
+    if resume and not out.is_dir():
+        raise ValueError(
+            f"`resume`: there is no folder {out}, so no run to go on with. Give its folder, or leave --resume out to begin one."
+        )
     check_folder(out)
     from stepwell.recipes.find import find
     from stepwell.train.outcome import as_mapping, finish

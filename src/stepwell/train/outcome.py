@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from stepwell.export.extras import quiet
 from stepwell.report import Axis, Panel, Series, draw, standalone
@@ -38,7 +39,7 @@ class Outcome(NamedTuple):
         steps, tokens: trained.
         parameters, quantized: how many weights, and how many of them lie on the grid.
         losses: on held-out text, in nats per token.
-        tokens_per_second: median over the steps of this machine.
+        tokens_per_second: median over the steps of this machine; NaN where their metrics are lost.
         files: name -> path.
     """
 
@@ -55,7 +56,11 @@ class Outcome(NamedTuple):
 
 
 def finish(session: Session, out: Path) -> Outcome:
-    """Measure what was trained and write the model, the results and the figure. Every process calls it; the first one writes."""
+    """Measure what was trained and write the model, the results and the figure. Every process calls it; the first one writes.
+
+    Raises:
+        OSError: something cannot be written; a model that was there before is as it was.
+    """
     recipe, model, run = session.recipe, session.model, session.run
     losses = evaluate(model, run, recipe, session.tokens.held, session.ranks, draws=recipe.draws)
     encoded = {} if run is None else run.encoded()
@@ -78,19 +83,15 @@ def finish(session: Session, out: Path) -> Outcome:
     )
     with holding(model, {name: one.decode() for name, one in encoded.items()}):  # also where the method trains on latent weights
         weights = {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}
-        if session.ranks.first:
-            _write_model(session, folder, weights, encoded)
-    if session.ranks.first:
-        (out / FIGURE).write_text(figure(metrics.read(out)), encoding="utf-8")
-        (out / RESULTS).write_text(json.dumps(as_mapping(outcome), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    session.ranks.wait()
+        session.ranks.alone(lambda: _write(session, out, outcome, weights, encoded))
     return outcome
 
 
 def as_mapping(outcome: Outcome) -> dict[str, Any]:
-    """Return an outcome as names and plain values."""
+    """Return an outcome as names and plain values; what is no finite number is None."""
     losses = {name: value if math.isfinite(value) else None for name, value in outcome.losses._asdict().items()}
-    return outcome._asdict() | {"losses": losses}
+    speed = outcome.tokens_per_second if math.isfinite(outcome.tokens_per_second) else None
+    return outcome._asdict() | {"losses": losses, "tokens_per_second": speed}
 
 
 def figure(lines: list[dict[str, Any]]) -> str:
@@ -106,19 +107,36 @@ def figure(lines: list[dict[str, Any]]) -> str:
     return standalone(draw([panel], label="Loss of the training run over its steps"))
 
 
+def _write(session: Session, out: Path, outcome: Outcome, weights: Mapping[str, torch.Tensor], encoded: Mapping[str, Any]) -> None:
+    """Write the model, the figure and the results."""
+    try:
+        _write_model(session, out / MODEL, weights, encoded)
+        (out / FIGURE).write_text(figure(metrics.read(out)), encoding="utf-8")
+        (out / RESULTS).write_text(json.dumps(as_mapping(outcome), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the trained model cannot be written to {out} ({' '.join(str(error).split())[:200]}). Its last checkpoint is whole; make room "
+            "and start again with --resume."
+        ) from error
+
+
 def _write_model(session: Session, folder: Path, weights: Mapping[str, torch.Tensor], encoded: Mapping[str, Any]) -> None:
     """Write the folder aside, then give it its name: it is there whole, or not."""
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     inner: Any = session.model
-    with quiet():
-        inner.save_pretrained(aside, state_dict=dict(weights))
-    for path in aside.glob("*.safetensors"):
-        path.chmod((aside / CONFIG).stat().st_mode)  # safetensors makes files that only their owner can read
-    for path in (session.tokens.folder / TOKENIZER).iterdir():
-        shutil.copy(path, aside / path.name)
-    if encoded:
-        save(encoded, aside / ENCODED)
+    try:
+        with quiet():
+            inner.save_pretrained(aside, state_dict=dict(weights))
+        for path in aside.glob("*.safetensors"):
+            path.chmod((aside / CONFIG).stat().st_mode)  # safetensors makes files that only their owner can read
+        for path in (session.tokens.folder / TOKENIZER).iterdir():
+            shutil.copy(path, aside / path.name)
+        if encoded:
+            save(encoded, aside / ENCODED)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,8 @@ import gzip
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stepwell.export.extras import need
@@ -87,7 +88,7 @@ def _plain(path: Path) -> Iterator[str | None]:
 def _lines(path: Path) -> Iterator[str]:
     """Yield the `text` of every line of JSON."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_readable(file, path), start=1):
             if not line.strip():
                 continue
             try:
@@ -95,6 +96,14 @@ def _lines(path: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"`data`: line {number} of {path} is no JSON object with a {COLUMN!r}: {line.strip()[:60]!r}.") from error
             yield _text(text, f"line {number} of {path}")
+
+
+def _readable(file: Iterable[str], path: Path) -> Iterator[str]:
+    """Yield lines, and say of which file they are where that is cut off, packed otherwise than its name says, or no UTF-8."""
+    try:
+        yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"`data`: {path} cannot be read as lines of JSON: {' '.join(str(error).split())[:200]}.") from error
 
 
 def _parquet(path: Path) -> Iterator[str]:

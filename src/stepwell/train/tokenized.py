@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,7 +60,7 @@ def prepare(
             f"`tokenizer` has {count} tokens, the model's vocabulary is {vocabulary}: larger numbers would have no embedding. "
             "Take a smaller tokenizer, or a recipe whose architecture has a larger `vocabulary`."
         )
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside, begun = folder.with_name(f".{folder.name}.{os.getpid()}"), folder.parent.is_dir()
     for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
         shutil.rmtree(left)
     try:
@@ -68,8 +69,12 @@ def prepare(
         facts = _write(texts(), aside, made, wanted, progress) | {"source": source, "vocabulary": count}
         (aside / INDEX).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         aside.rename(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        if not begun:
+            with suppress(OSError):  # not empty, or never made
+                folder.parent.rmdir()
+        raise
 
 
 class _Writer:

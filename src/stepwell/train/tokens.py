@@ -94,11 +94,13 @@ def open_tokens(folder: Path, *, verify: bool = True) -> Tokens:
 
     Raises:
         FileNotFoundError: no index there.
-        ValueError: an index that cannot be read, a file that is missing, cut off or changed; it is named.
+        ValueError: an index that cannot be read, a file that is missing, cut off or changed; it is named. No tokenizer beside it.
     """
     index = folder / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"`data`: {folder} has no {INDEX}, so it holds no tokens.")
+    if not (folder / TOKENIZER).is_dir():
+        raise ValueError(f"`data`: {folder} lacks its {TOKENIZER}, without which the model cannot be written. Give the text itself.")
     try:
         facts = json.loads(index.read_text(encoding="utf-8"))
         if facts["version"] != VERSION:
