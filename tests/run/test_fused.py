@@ -5,6 +5,7 @@ last bit. A force is a product of four factors, each rounded once, and the scale
 error `block * 2**-24` of the sum of the terms' magnitudes.
 """
 
+import math
 import sys
 
 import pytest
@@ -13,9 +14,10 @@ from tests.cases import gaussian
 from tests.run.training import batches, latents, network, same, train, weights
 
 import stepwell as sw
-from stepwell.methods.base import Context
+from stepwell.blocks import to_blocks
 from stepwell.run import fused, passes
 from stepwell.run.managed import Managed
+from stepwell.run.told import Told
 
 pytest.importorskip("numba")
 
@@ -43,9 +45,8 @@ def managed(weight, method):
     return one
 
 
-def context(one, terms=1.0):
-    number = torch.tensor(terms, dtype=torch.float64)
-    return Context(one.grid, 0, number, number, None, {}, torch.tensor(0), 0)
+def told(one, terms=1.0):
+    return Told(one.grid, 0, terms, terms, None, {}, 0, one.name, 0, {})
 
 
 @pytest.mark.parametrize("quantizer", GRIDS, ids=str)
@@ -54,7 +55,7 @@ def test_deployed_weights_are_equal_to_the_last_bit(quantizer):
     for run in (fused.run, passes.piecewise):
         one = managed(awkward(24, 160), sw.ste(quantizer))
         latent = torch.empty(24, 160)
-        run(passes.deploy, one, context(one), [one.weight, latent])
+        run(passes.deploy, one, told(one), [one.weight, latent])
         assert torch.equal(latent.view(torch.int32), awkward(24, 160).view(torch.int32))
         found.append(one.weight)
     assert torch.equal(*found)
@@ -68,7 +69,7 @@ def test_what_is_not_finite_stays_visible(odd):
         weight = gaussian(4, 64, seed=0)
         weight[1, 7] = odd
         one = managed(weight, sw.ste(sw.int4(block=32)))
-        run(passes.deploy, one, context(one), [one.weight, torch.empty(4, 64)])
+        run(passes.deploy, one, told(one), [one.weight, torch.empty(4, 64)])
         found.append(one.weight)
     assert torch.equal(found[0].isnan(), found[1].isnan())
     assert found[0].isnan().any()
@@ -86,7 +87,7 @@ def test_pushed_moments_are_equal_but_for_the_order_of_sums(quantizer, through_s
     for run in (fused.run, passes.piecewise):
         one = managed(weight, sw.lotion(quantizer, loss_terms=1, through_scale=through_scale))
         moment = start.clone()
-        run(passes.push, one, context(one, terms), [one.weight, moment, second, second], factor, spread, floor)
+        run(passes.push, one, told(one, terms), [one.weight, moment, second, second], factor, spread, floor)
         assert torch.equal(one.weight, weight)
         found.append(moment)
     rows, scale = one.blocks(second), one.grid.fit(one.blocks(weight)).scale
@@ -102,7 +103,7 @@ def test_weights_on_the_grid_are_not_pushed():
     quantizer = sw.int4(block=32)
     one = managed(quantizer(gaussian(24, 160, seed=3)), sw.lotion(quantizer, loss_terms=1, through_scale=False))
     moment, one_number = torch.zeros(24, 160), torch.ones((), dtype=torch.float64)
-    fused.run(passes.push, one, context(one, 1e6), [one.weight, moment, torch.ones(24, 160), torch.ones(24, 160)], *[one_number] * 3)
+    fused.run(passes.push, one, told(one, 1e6), [one.weight, moment, torch.ones(24, 160), torch.ones(24, 160)], *[one_number] * 3)
     assert torch.equal(moment, torch.zeros(24, 160))
 
 
@@ -113,6 +114,29 @@ def trained(method, *, compile=None, model=None, steps=5, dtype=torch.float32):
     run = sw.attach(model, method, optimizer, compile=compile)
     train(model, optimizer, batches(steps, dtype=dtype))
     return {**latents(run, model), **{f"shown {name}": value for name, value in weights(model).items()}}, run
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "axis", "cut"),
+    [
+        ((8, 16), 4, None, (32, 4)),
+        ((8, 16), 4, -1, (32, 4)),
+        ((8, 16), 4, 0, None),  # blocks lie across memory
+        ((8, 16), None, 0, (1, 128)),
+        ((8, 4, 2, 2), "channel", None, (8, 16)),
+        ((8, 4, 2, 2), "channel", 1, None),
+        ((8, 4, 1, 1), 2, 1, (16, 2)),
+        ((6,), "channel", None, (1, 6)),
+        ((2, fused.LONGEST), "channel", None, (2, fused.LONGEST)),
+        ((2, fused.LONGEST + 1), "channel", None, None),
+    ],
+    ids=str,
+)
+def test_kernels_see_a_weight_as_the_blocks_that_it_has(shape, block, axis, cut):
+    weight = torch.arange(math.prod(shape)).reshape(shape)
+    assert fused._cut(weight.shape, block, axis) == cut
+    if cut is not None:
+        assert torch.equal(to_blocks(weight, block, axis), weight.reshape(cut))
 
 
 @pytest.fixture
@@ -238,6 +262,6 @@ def test_writes_are_seen_by_autograd():
     inputs = torch.ones(2, 32, requires_grad=True)
     loss = (inputs @ one.parameter.T).sum()
     with torch.no_grad():
-        fused.run(passes.deploy, one, context(one), [one.weight, torch.empty(4, 32)])
+        fused.run(passes.deploy, one, told(one), [one.weight, torch.empty(4, 32)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

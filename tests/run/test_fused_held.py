@@ -11,10 +11,10 @@ from tests.run.test_fused import awkward, managed
 from tests.run.training import batches, latents, network, train, weights
 
 import stepwell as sw
-from stepwell.methods.base import Context
 from stepwell.methods.fisher import FISHER, SEEN
 from stepwell.run import fused, fused_held, passes
-from stepwell.run.managed import wide
+from stepwell.run.managed import SCALE, wide
+from stepwell.run.told import Told
 
 pytest.importorskip("numba")
 
@@ -39,18 +39,15 @@ SUMMED = (
 SERVED = [name for name in METHODS if name != "soft"]  # which is not equal to the last bit: test_fused_soft.py
 
 
-def context(one, *, step=2):
+def tell(one, *, step=2):
     """Return what the method is told at a step, with own tensors that have seen something."""
     one.tensors = {} if one.method.init is None else one.method.init(wide(one.blocks(one.weight)), one.grid)
     if FISHER in one.tensors:
         one.tensors[FISHER].copy_(one.blocks(gaussian(*one.weight.shape, seed=7).square() * 1e-3))
         one.tensors[SEEN].fill_(5)
-    number = lambda value: torch.tensor(float(value), dtype=torch.float64)  # noqa: E731
-    scheduled = {name: number(schedule(step)) for name, schedule in one.method.schedules.items()}
-    correction = number(1.7) if one.method.curved and one.method.curvature is None else None
-    return Context(
-        one.grid, step, number(0.01), number(64), one.held_fit(one.source), one.tensors, torch.tensor(-77), 1000, scheduled, correction
-    )
+    scheduled = {name: schedule(step) for name, schedule in one.method.schedules.items()}
+    correction = 1.7 if one.method.curved and one.method.curvature is None else None
+    return Told(one.grid, step, 0.01, 64.0, one.held_fit(one.source), one.tensors, 77, one.name, 1000, scheduled, correction)
 
 
 def both(name, quantizer, work, *others, scalars=()):
@@ -60,7 +57,7 @@ def both(name, quantizer, work, *others, scalars=()):
         weight = awkward(24, 160)
         weight[6] = 1.0 if work is passes.gradient else weight[6]  # squares of 1e30 overflow
         one = managed(weight, METHODS[name](quantizer))
-        told, tensors = context(one), [one.weight, *(other.clone() for other in others)]
+        told, tensors = tell(one), [one.weight, *(other.clone() for other in others)]
         if work in (passes.gradient, passes.descend):
             tensors = [tensors[1], tensors[0], *tensors[2:]]
         if run is fused.run:
@@ -102,6 +99,40 @@ def test_gradients_are_equal_and_what_is_learned_but_for_the_order_of_sums(name,
     assert not torch.equal(found[0], gradient) or name in ("own curvature", "own curvature, prox", "learned scales, latent")
 
 
+@pytest.mark.parametrize("name", ["carried weights", "default"])
+def test_scales_that_carry_say_by_how_much_and_do_it(name):
+    quantizer = sw.intn(3, block=16, levels="full")
+    latent, found = gaussian(24, 160, seed=0), []
+    for run in (fused.run, passes.piecewise):
+        one = managed(quantizer(latent), METHODS[name](quantizer))
+        one.latent, gradient = latent.clone(), gaussian(24, 160, seed=1)
+        told, before = tell(one), one.tensors[SCALE].clone()
+        one.moved = torch.zeros_like(before)
+        told = told._replace(carries=one.carries, tensors={**one.tensors, passes.MOVED: one.moved})
+        run(passes.gradient, one, told, [gradient, one.latent, one.weight])
+        assert torch.equal(one.moved, one.tensors[SCALE] / before)
+        assert torch.equal(one.weight, one.unblock(one.blocks(latent) * one.moved))
+        assert torch.equal(one.latent, latent)
+        found.append(one.moved)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+    assert (found[0] != 1).any()
+
+
+@pytest.mark.parametrize("odd", [None, torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quantizer", GRIDS, ids=str)
+def test_scales_that_a_kernel_fits_are_the_rules_own_to_the_last_bit(quantizer, odd):
+    weight = awkward(24, 160)
+    weight[7], weight[8] = weight[7].abs(), -weight[8].abs()
+    if odd is not None:
+        weight[10, 5] = odd
+    one = managed(weight, sw.ste(quantizer))
+    found = torch.from_numpy(fused_held._fitted(one, one.blocks(weight).numpy(), fused._split)).reshape(-1, 1)
+    expected = one.grid.fit(one.blocks(weight)).scale
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert found.isnan().any() == (odd is not None and odd != odd)
+
+
 @pytest.mark.parametrize("quantizer", GRIDS, ids=str)
 @pytest.mark.parametrize("name", ["lotion", "lotion, scale frozen", "held scales, lotion", "own curvature"])
 def test_pushed_moments_and_descents_are_equal_but_for_the_order_of_sums(name, quantizer):
@@ -120,7 +151,7 @@ def test_what_is_not_finite_stays_visible(name, odd):
     weight = gaussian(4, 64, seed=0)
     weight[1, 7] = odd
     one = managed(weight, METHODS[name](sw.intn(4, block=32, levels="full")))
-    told = context(managed(gaussian(4, 64, seed=0), one.method))
+    told = tell(managed(gaussian(4, 64, seed=0), one.method))
     one.tensors = dict(told.tensors)
     work = passes.prox if name in ("prox", "cage") else passes.deploy
     fused.run(work, one, told._replace(fit=one.grid.fit(one.blocks(gaussian(4, 64, seed=0)))), [one.weight, torch.ones(4, 64)])

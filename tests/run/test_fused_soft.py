@@ -7,8 +7,8 @@ from tests.run.test_fused import awkward, managed
 from tests.run.training import batches, latents, network, same, train, weights
 
 import stepwell as sw
-from stepwell.methods.base import Context
 from stepwell.run import fused, fused_held, passes
+from stepwell.run.told import Told
 
 pytest.importorskip("numba")
 
@@ -27,10 +27,8 @@ GRIDS = [
 TABLE = 1e-6
 
 
-def context(one, temperature, fit):
-    number = torch.tensor(1.0, dtype=torch.float64)
-    key = torch.tensor(0)
-    return Context(one.grid, 0, number, number, fit, {}, key, 0, {"temperature": torch.tensor(temperature, dtype=torch.float64)})
+def tell(one, temperature, fit):
+    return Told(one.grid, 0, 1.0, 1.0, fit, {}, 0, one.name, 0, {"temperature": temperature})
 
 
 @pytest.mark.parametrize("held", [None, 0.8], ids=["absmax scales", "scales that saturate"])
@@ -41,7 +39,7 @@ def test_kernel_is_the_eager_pass(quantizer, temperature, held):
     one = managed(weight, sw.soft(quantizer, temperature=temperature))
     fit = one.grid.fit(one.blocks(one.weight))
     fit = fit if held is None else fit._replace(scale=fit.scale * held)
-    told = context(one, temperature, None if held is None else fit)
+    told = tell(one, temperature, None if held is None else fit)
     latent = torch.empty_like(one.weight)
     assert fused_held.has(passes.deploy, one)
     fused.run(passes.deploy, one, told, [one.weight, latent])
@@ -65,7 +63,7 @@ def test_what_is_not_finite_stays_visible():
     weight = gaussian(4, 64, seed=0)
     weight[1, 7], weight[2, 7] = torch.nan, torch.inf
     one = managed(weight, sw.soft(sw.int4(), temperature=0.3))
-    told = context(one, 0.3, one.grid.fit(one.blocks(gaussian(4, 64, seed=0))))
+    told = tell(one, 0.3, one.grid.fit(one.blocks(gaussian(4, 64, seed=0))))
     fused.run(passes.deploy, one, told, [one.weight, torch.empty_like(weight)])
     assert one.weight[1, 7].isnan()
     assert one.weight.isnan().sum() == 1

@@ -4,19 +4,20 @@ An eager pass calls torch some thirty times per piece of a weight; a kernel read
 common case is float32 weights in contiguous memory on a symmetric integer grid with absmax scales in float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stepwell.methods.base import Context
+from stepwell.blocks import Block, block_length
 from stepwell.methods.lotion import Push, border, tolerance
 from stepwell.run import fused_held, passes
-from stepwell.run.managed import Managed
+from stepwell.run.managed import Managed, once
+from stepwell.run.told import Told
 from stepwell.threads import spread
 
 PAYS = 1 << 20  # managed elements from which kernels are worth some seconds of compilation, once per machine: numba keeps them on disk
@@ -34,16 +35,26 @@ def pays(managed: Sequence[Managed]) -> bool:
 
 
 def serves(one: Managed) -> bool:
-    """Whether kernels can do all that a parameter's method does in every step."""
-    method, grid = one.method, one.grid
+    """Whether these kernels can do all that a parameter's method does in every step."""
+    return _serves(one) and one.parameter.dtype == torch.float32 and one.parameter.is_cpu
+
+
+@once
+def _serves(one: Managed) -> bool:
+    method = one.method
     return (
         (method.gradient, method.prox, method.init) == (None, None, None)
         and (method.push is None or isinstance(method.push, Push))
         and (method.deploy is None or method.deploys_nearest)
-        and (grid.format.levels, grid.rule, grid.scale_dtype, grid.compute) == ("symmetric", "absmax", "fp32", None)
-        and one.weight.dtype == torch.float32
-        and one.weight.is_cpu
+        and _common(one)
     )
+
+
+@once
+def _common(one: Managed) -> bool:
+    """Whether a parameter's grid is that of the common case."""
+    grid = one.grid
+    return (grid.format.levels, grid.rule, grid.scale_dtype, grid.compute) == ("symmetric", "absmax", "fp32", None)
 
 
 @cache
@@ -56,27 +67,28 @@ def kernels() -> ModuleType | None:
     return kernels
 
 
-def run(work: passes.Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+def run(work: passes.Pass, managed: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
     """Run a pass by its kernel where it has one for these tensors, else over cache-sized groups of rows."""
-    here = work in (passes.push, passes.deploy) and context.fit is None and serves(managed)
+    here = told.fit is None and (
+        _serves(managed) if work is passes.push else work is passes.deploy and managed.method.deploys_nearest and _common(managed)
+    )
     arrays = _arrays(managed, tensors) if here or fused_held.has(work, managed) else None
     if arrays is None:
-        passes.piecewise(work, managed, context, tensors, *scalars)
+        passes.piecewise(work, managed, told, tensors, *numbers)
         return
     format, compiled = managed.grid.format, kernels()
     assert compiled is not None
     if not here:
-        written = tensors[: fused_held.run(work, managed, context, arrays, scalars, _split)]
+        written = tensors[: fused_held.run(work, managed, told, arrays, numbers, _split)]
     elif work is passes.deploy:
-        _split(compiled.deploy, arrays, np.float32(format.edge))
+        _split(compiled.deploy, arrays, format.edge)
         written = tensors
     else:
         push = managed.method.push
         assert isinstance(push, Push)
         grid = (format.edge, border(torch.float32, format), tolerance(torch.float32, format))
-        numbers = [float(scalar) for scalar in (*scalars, context.loss_terms)]
-        numbers[-1] *= push.strength / 2
-        _split(compiled.push, arrays, *(np.float32(number) for number in (*numbers, *grid)), push.through_scale)
+        pull = float(told.loss_terms) * push.strength / 2
+        _split(compiled.push, arrays, *(float(number) for number in numbers), pull, *grid, push.through_scale)
         written = tensors[1:2]
     for tensor in written:
         torch.autograd.graph.increment_version(tensor)  # numpy writes behind autograd's back
@@ -84,13 +96,21 @@ def run(work: passes.Pass, managed: Managed, context: Context, tensors: list[Ten
 
 def _arrays(managed: Managed, tensors: list[Tensor]) -> list[Any] | None:
     """Return `(blocks, block)` arrays on the tensors' own memory; None where a kernel cannot work on it."""
-    blocks = managed.blocks(tensors[0])
-    if blocks.data_ptr() != tensors[0].data_ptr() or not blocks.is_contiguous() or blocks.shape[1] > LONGEST:
+    cut = _cut(tensors[0].shape, managed.quantizer.block, managed.quantizer.axis)
+    if cut is None:
         return None
     for tensor in tensors:  # all have the parameter's shape, so that one way to cut them serves all
         if type(tensor) is not Tensor or tensor.dtype != torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()):
             return None
-    return [tensor.numpy().reshape(blocks.shape) for tensor in tensors]
+    return [tensor.numpy().reshape(cut) for tensor in tensors]
+
+
+@lru_cache(maxsize=1024)
+def _cut(shape: tuple[int, ...], block: Block, axis: int | None) -> tuple[int, int] | None:
+    """Return `(blocks, block)` of a contiguous weight whose blocks lie one after the other and are short enough; None of others."""
+    length = block_length(shape, block, axis)
+    behind = () if axis is None or block is None else shape[axis % len(shape) + 1 :]
+    return None if length > LONGEST or math.prod(behind) > 1 else (math.prod(shape) // length, length)
 
 
 def _split(kernel: Kernel, arrays: list[Any], *numbers: Any) -> None:

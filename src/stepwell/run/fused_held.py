@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stepwell.methods.base import Context, Method, round_nearest
+from stepwell.methods.base import Method, round_nearest
 from stepwell.methods.binary_relax import relaxed
 from stepwell.methods.cage import pulled
 from stepwell.methods.coupled import Coupled
@@ -26,7 +25,8 @@ from stepwell.methods.sampled import drawn
 from stepwell.methods.soft import smoothed
 from stepwell.methods.ste import Clipped
 from stepwell.run import fused_soft, passes
-from stepwell.run.managed import Managed
+from stepwell.run.managed import Managed, once
+from stepwell.run.told import Told
 
 Split = Callable[..., None]
 
@@ -37,19 +37,19 @@ class Call(NamedTuple):
     Attributes:
         compiled: the kernels.
         one: the parameter.
-        context: what the method may know.
+        told: what the method may know.
         arrays: `(blocks, block)`, those of the pass.
         scale: `(blocks,)`.
-        scalars: of the pass.
+        numbers: of the pass.
         split: runs a kernel on as many threads as there are, given the arrays that are cut by rows and the rest.
     """
 
     compiled: ModuleType
     one: Managed
-    context: Context
+    told: Told
     arrays: list[Any]
     scale: Any
-    scalars: Sequence[Tensor]
+    numbers: Sequence[float | Tensor]
     split: Split
 
     @property
@@ -61,17 +61,12 @@ class Call(NamedTuple):
 
 def serves(one: Managed) -> bool:
     """Whether kernels can do all that a parameter's method does in every step."""
-    if one not in _KNOWN:  # three questions per parameter and step otherwise
-        _KNOWN[one] = _knows(one)
-    weight = one.parameter
-    return _KNOWN[one] and weight.dtype == torch.float32 and weight.is_cpu
+    return _knows(one) and one.parameter.dtype == torch.float32 and one.parameter.is_cpu
 
 
-_KNOWN: WeakKeyDictionary[Managed, bool] = WeakKeyDictionary()
-
-
+@once
 def _knows(one: Managed) -> bool:
-    """Whether there are kernels for a parameter's method on its grid, which stay what they are."""
+    """Whether there are kernels for a parameter's method on its grid."""
     method, grid = one.method, one.grid
     return (
         _changes(method)
@@ -102,67 +97,78 @@ def kernels() -> ModuleType | None:
     return kernels_held
 
 
-def run(work: passes.Pass, one: Managed, context: Context, arrays: list[Any], scalars: Sequence[Tensor], split: Split) -> int:
+def run(work: passes.Pass, one: Managed, told: Told, arrays: list[Any], numbers: Sequence[float | Tensor], split: Split) -> int:
     """Run a pass over `(blocks, block)` arrays by its kernel; return how many of the arrays, from the first, were written."""
     compiled = kernels()
     assert compiled is not None
-    weight = torch.from_numpy(arrays[1 if work in (passes.gradient, passes.descend, passes.show) else 0])
-    fit = one.grid.fit(weight) if context.fit is None else context.fit
-    scale = fit.scale.reshape(-1).to(torch.float32).contiguous().numpy()
-    return KERNELS[work](Call(compiled, one, context, arrays, scale, scalars, split))
+    if told.fit is None:
+        scale = _fitted(one, arrays[1 if work in (passes.gradient, passes.descend, passes.show) else 0], split)
+    else:
+        scale = told.fit.scale.reshape(-1).to(torch.float32).contiguous().numpy()
+    return KERNELS[work](Call(compiled, one, told, arrays, scale, numbers, split))
+
+
+def _fitted(one: Managed, weight: Any, split: Split) -> Any:
+    """Return the scales of `(blocks, block)` weights by the grid's own rule, `(blocks,)`."""
+    from stepwell.run import kernels as compiled
+
+    grid = one.grid
+    if grid.rule != "absmax" or grid.scale_rounding == "floor":
+        return grid.fit(torch.from_numpy(weight)).scale.view(-1).numpy()
+    scale = np.empty(len(weight), np.float32)
+    split(compiled.absmax, [weight, scale], grid.format.edge, grid.format.levels == "full")
+    return scale
 
 
 def _deploy(call: Call) -> int:
     """Write what the forward pass sees."""
-    deploy, values = call.one.method.deploy, {name: float(value) for name, value in call.context.scheduled.items()}
+    deploy, values = call.one.method.deploy, {name: float(value) for name, value in call.told.scheduled.items()}
     arrays = [*call.arrays, call.scale]
     if deploy is drawn:
-        places = call.context.offset + np.arange(len(call.scale), dtype=np.int64) * arrays[0].shape[1]
-        call.split(call.compiled.drawn, [*arrays, places], *_floats(call.grid), np.int64(int(call.context.key)))
+        places = call.told.offset + np.arange(len(call.scale), dtype=np.int64) * arrays[0].shape[1]
+        call.split(call.compiled.drawn, [*arrays, places], *call.grid, np.int64(int(call.told.key)))
     elif deploy is annealed:
         slope = values["slope"]
         numbers = [*call.grid, max((1 - slope) / 2, 0.0), max(slope, float(call.compiled.TINY))]
-        call.split(call.compiled.affine, arrays, *_floats(numbers))
+        call.split(call.compiled.affine, arrays, *numbers)
     elif deploy is relaxed:
-        call.split(call.compiled.relaxed, arrays, *_floats([*call.grid, max(1 - values["share"], 0.0)]))
+        call.split(call.compiled.relaxed, arrays, *call.grid, max(1 - values["share"], 0.0))
     elif deploy is smoothed and values["temperature"] > 0:
         np.copyto(arrays[1], arrays[0])
         _smooth(call, arrays[0], arrays[0])
     else:
-        call.split(call.compiled.nearest, arrays, *_floats(call.grid))
+        call.split(call.compiled.nearest, arrays, *call.grid)
     return 2
 
 
 def _show(call: Call) -> int:
     """Write what the forward pass sees of a latent weight on the soft staircase, whose error function is not torch's to the last bit."""
     into, latent = call.arrays
-    if float(call.context.scheduled["temperature"]) > 0:
+    if float(call.told.scheduled["temperature"]) > 0:
         _smooth(call, into, latent)
     else:
         np.copyto(into, latent)
-        call.split(call.compiled.nearest, [into, np.empty_like(latent), call.scale], *_floats(call.grid))
+        call.split(call.compiled.nearest, [into, np.empty_like(latent), call.scale], *call.grid)
     return 1
 
 
 def _smooth(call: Call, into: Any, weight: Any) -> None:
     compiled = fused_soft.kernels()
     assert compiled is not None
-    found = fused_soft.smoothing(call.one.grid.format, float(call.context.scheduled["temperature"]))
-    call.split(
-        compiled.smoothed, [into, weight, call.scale], found.table, *_floats([*call.grid, fused_soft.NODES, found.inner, found.outer])
-    )
+    found = fused_soft.smoothing(call.one.grid.format, float(call.told.scheduled["temperature"]))
+    call.split(compiled.smoothed, [into, weight, call.scale], found.table, *call.grid, fused_soft.NODES, found.inner, found.outer)
 
 
 def _prox(call: Call) -> int:
     """Take the method's step after the optimizer's."""
-    context, prox = call.context, call.one.method.prox
-    rate, values = float(context.lr), {name: float(value) for name, value in context.scheduled.items()}
+    told, prox = call.told, call.one.method.prox
+    rate, values = float(told.lr), {name: float(value) for name, value in told.scheduled.items()}
     if prox is pulled:
-        call.split(call.compiled.pulled, [call.arrays[0], call.scale], *_floats([*call.grid, min(rate * values["pull"], 1.0)]))
+        call.split(call.compiled.pulled, [call.arrays[0], call.scale], *call.grid, min(rate * values["pull"], 1.0))
         return 1
-    correction = 0.0 if context.correction is None else float(context.correction)
-    numbers = [*call.grid, values["strength"] * float(context.loss_terms) * rate, correction, EPSILON]
-    call.split(call.compiled.proximal, [call.arrays[0], _curvature(call, prox, 1), call.scale], *_floats(numbers))
+    correction = 0.0 if told.correction is None else float(told.correction)
+    numbers = [*call.grid, values["strength"] * float(told.loss_terms) * rate, correction, EPSILON]
+    call.split(call.compiled.proximal, [call.arrays[0], _curvature(call, prox, 1), call.scale], *numbers)
     return 1
 
 
@@ -171,11 +177,11 @@ def _push(call: Call) -> int:
     weight, moment, _, second = call.arrays
     arrays = [weight, moment, _curvature(call, call.one.method.push, 2), second, call.scale]
     numbers, through_scale = _penalty(call)
-    common = [*call.grid, *(float(scalar) for scalar in call.scalars)]
+    common = [*call.grid, *(float(number) for number in call.numbers)]
     if through_scale:
-        call.split(call.compiled.push, arrays, *_floats([*common, *numbers]))
+        call.split(call.compiled.push, arrays, *common, *numbers)
     else:
-        call.split(call.compiled.push_apart, arrays, *_floats([*common, *numbers[:2]]))
+        call.split(call.compiled.push_apart, arrays, *common, *numbers[:2])
     return 2
 
 
@@ -183,40 +189,44 @@ def _descend(call: Call) -> int:
     """Write a step down LOTION's penalty."""
     arrays = [*call.arrays[:2], _curvature(call, call.one.method.push, 2), call.scale]
     numbers, through_scale = _penalty(call)
-    call.split(call.compiled.descend, arrays, *_floats([*call.grid, float(call.context.lr), *numbers]), through_scale)
+    call.split(call.compiled.descend, arrays, *call.grid, float(call.told.lr), *numbers, through_scale)
     return 1
 
 
 def _gradient(call: Call) -> int:
-    """Change the gradient, and what a method learns from it."""
-    change, context, (gradient, weight, _) = call.one.method.gradient, call.context, call.arrays
+    """Change the gradient, and what a method learns from it; hand over the latent weight where there is one."""
+    change, told, (gradient, weight, parameter) = call.one.method.gradient, call.told, call.arrays
     low, high, _ = call.grid
     if isinstance(change, Learned):
         _learn(call, change)
-    elif isinstance(change, Clipped):
-        call.split(call.compiled.clip, [gradient, weight, call.scale], *_floats([low * change.clip, high * change.clip]))
-    elif isinstance(change, Observed):
+        return 3
+    if isinstance(change, Clipped):
+        call.split(call.compiled.clip, [gradient, weight, parameter, call.scale], low * change.clip, high * change.clip)
+        return 3
+    if isinstance(change, Observed):
         call.split(call.compiled.observe, [gradient, _own(call, FISHER), _share(call, change.decay)])
     else:
         assert isinstance(change, Coupled)
-        pull = float(context.loss_terms) * float(context.scheduled["strength"]) / 2
+        pull = float(told.loss_terms) * float(told.scheduled["strength"]) / 2
         arrays = [gradient, weight, _own(call, FISHER), call.scale, _share(call, change.decay)]
-        call.split(call.compiled.couple, arrays, *_floats([*call.grid, pull, tolerance(torch.float32, call.one.grid.format)]))
-    return 1
+        call.split(call.compiled.couple, arrays, *call.grid, pull, tolerance(torch.float32, call.one.grid.format))
+    if call.one.method.deploy is not None:
+        np.copyto(parameter, weight)
+    return 3
 
 
 def _learn(call: Call, change: Learned) -> None:
     """Find the slopes of the scales, and move them."""
     from stepwell.run import kernels_learned as compiled
 
-    context, (gradient, weight, deployed), slope = call.context, call.arrays, np.empty_like(call.scale)
+    told, (gradient, weight, parameter) = call.told, call.arrays
+    own = [_rows(told.tensors[name]) for name in (SCALE, FIRST, SECOND, STEPS, PEAK)]
+    numbers = (float(told.lr), change.rate, *change.betas, change.eps)
     if change.sees_grid:
-        numbers = _floats([*call.grid[:2], not context.carries])
-        call.split(compiled.learn, [gradient, weight, deployed, call.scale, slope], *numbers)
+        carried = _rows(told.tensors[passes.MOVED]) if told.carries else np.empty_like(own[0])
+        call.split(compiled.learn, [gradient, weight, parameter, carried, *own], *numbers, *call.grid[:2], told.carries)
     else:
-        call.split(compiled.weigh, [gradient, weight, call.scale, slope], *_floats(call.grid))
-    own: list[Any] = [context.tensors[name].view(-1).numpy() for name in (SCALE, FIRST, SECOND, STEPS, PEAK)]
-    compiled.move(slope, *own, *_floats([float(context.lr), change.rate, *change.betas, change.eps]))
+        call.split(compiled.weigh, [gradient, weight, *own], *numbers, *call.grid)
 
 
 KERNELS: dict[passes.Pass, Callable[[Call], int]] = {
@@ -252,22 +262,22 @@ def _curvature(call: Call, function: object, index: int) -> Any:
 
 def _own(call: Call, name: str) -> Any:
     """Return a method's own tensor as an array on its memory."""
-    return call.context.tensors[name].numpy()
+    return call.told.tensors[name].numpy()
+
+
+def _rows(tensor: Tensor) -> Any:
+    """Return a `(blocks, 1)` tensor as an array of `(blocks,)` on its memory."""
+    return tensor.numpy().reshape(-1)
 
 
 def _share(call: Call, decay: float) -> Any:
     """Count a step of the average and return the share that its square has in it, `(blocks,)`."""
-    return call.context.tensors[SEEN].add_(1).reciprocal().clamp_(min=1 - decay).reshape(-1).numpy()
+    return call.told.tensors[SEEN].add_(1).reciprocal().clamp_(min=1 - decay).reshape(-1).numpy()
 
 
 def _penalty(call: Call) -> tuple[list[float], bool]:
     """Return the penalty's factor and its tolerances, and whether it reaches the scale."""
     push, format = _read(call.one.method.push), call.one.grid.format
     assert isinstance(push, Push)
-    factor = float(call.context.loss_terms) * push.strength / 2
-    return [factor, tolerance(torch.float32, format), border(torch.float32, format)], push.through_scale and call.context.fit is None
-
-
-def _floats(numbers: Sequence[float]) -> list[Any]:
-    """Return numbers as the kernels take them."""
-    return [np.float32(number) for number in numbers]
+    factor = float(call.told.loss_terms) * push.strength / 2
+    return [factor, tolerance(torch.float32, format), border(torch.float32, format)], push.through_scale and call.told.fit is None

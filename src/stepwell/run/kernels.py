@@ -37,6 +37,25 @@ def deploy(parameter: Array, latent: Array, edge: float) -> None:
             parameter[k, j] = min(max(np.rint(weight / divisor), -edge), edge) * scale
 
 
+@njit(f"void({ROWS}, float32[::1], {NUMBER}, boolean)", cache=True, nogil=True, error_model="numpy")
+def absmax(weight: Array, scale: Array, edge: float, signed: bool) -> None:
+    """As `scales.absmax`, bit for bit: what puts each block's largest weight on the edge of the grid; `signed`: on the lowest value."""
+    bits, length = weight.view(np.int32), np.uint64(weight.shape[1])
+    largest = np.empty(2, np.float32)
+    pattern = largest.view(np.int32)
+    for k in range(np.uint64(weight.shape[0])):
+        top = bottom = np.int32(0)
+        if signed:
+            for j in range(length):
+                top = max(top, bits[k, j])  # negative numbers are negative integers
+                bottom = max(bottom, bits[k, j] & MAGNITUDE if bits[k, j] < 0 else np.int32(0))
+        else:
+            for j in range(length):
+                top = max(top, bits[k, j] & MAGNITUDE)
+        pattern[0], pattern[1] = top, bottom
+        scale[k] = (largest[0] / -edge if top > bottom else largest[1] / edge) if signed else largest[0] / edge
+
+
 @njit(
     f"void({', '.join([ROWS] * 4 + [NUMBER] * 7)}, boolean)",
     cache=True,

@@ -139,14 +139,15 @@ def proximal(
             parameter[k, j] = (target + rest / max(slope, TINY)) * factor
 
 
-@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {NUMBER}, {NUMBER})")
-def clip(gradient: Array, weight: Array, scale: Array, low: float, high: float) -> None:
+@compiled(f"void({ROWS}, {ROWS}, {ROWS}, {SCALES}, {NUMBER}, {NUMBER})")
+def clip(gradient: Array, weight: Array, parameter: Array, scale: Array, low: float, high: float) -> None:
     """As `passes.gradient` of clipped STE."""
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
         divisor = divisor_of(scale[k])
         for j in range(length):
             gradient[k, j] *= ONE if low <= weight[k, j] / divisor <= high else ZERO
+            parameter[k, j] = weight[k, j]
 
 
 @compiled(f"void({ROWS}, {ROWS}, {SCALES})")

@@ -1,8 +1,9 @@
 """One managed parameter: its method, its latent weight, and its tensors seen as blocks. Only this package knows about shards."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Managed:
         begun: whether the method is on for it.
         latent: local latent weight, where the method deploys something else.
         tensors: the method's own tensors, one row per block.
-        moved: what the latent weights were multiplied by when the optimizer was last given them, `(blocks, 1)`; None where by nothing.
+        moved: what scales that carry the latent weights along were last multiplied by, and these with them, `(blocks, 1)`; else None.
         fit: scales that the Run holds instead of refitting them, where the rule is a search.
         groups: process groups that hold the other shards, where a scale spans them; empty elsewhere.
         reach: what all ranks have agreed on there: the tensor's `(1, 2)` lowest and highest weight, or its 0-dim scale of the scales.
@@ -105,16 +106,15 @@ class Managed:
         """Whether the scales carry the latent weights along when they move; in half precision most such steps would be rounded away."""
         return self.method.carries and self.latent is not None and wide(self.latent) is self.latent
 
-    def hand_over(self, moved: Tensor | None) -> None:
-        """Give the optimizer the latent weight, times what its scales were multiplied by, `(blocks, 1)`; the latent itself stays."""
+    def hand_over(self) -> None:
+        """Give the optimizer the latent weight, times what its scales were multiplied by where they carry it; the latent itself stays."""
         if self.latent is None:
             return
-        self.moved = moved
-        if moved is None:
+        if self.moved is None:
             self.weight.copy_(self.latent)
             return
         blocks = self.blocks(self.weight)
-        torch.mul(self.blocks(self.latent), moved, out=blocks)
+        torch.mul(self.blocks(self.latent), self.moved, out=blocks)
         self.put_back(self.weight, blocks)
 
     @property
@@ -188,6 +188,18 @@ class Managed:
         """Whether nobody has written to the parameter since `note`."""
         weight = self.weight
         return self.seen == (weight._version, weight.data_ptr())
+
+
+def once(question: Callable[[Managed], bool]) -> Callable[[Managed], bool]:
+    """Let a question about a record be answered once, whose method and grid stay what they are."""
+    known: WeakKeyDictionary[Managed, bool] = WeakKeyDictionary()
+
+    def answered(one: Managed) -> bool:
+        if one not in known:
+            known[one] = question(one)
+        return known[one]
+
+    return answered
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -44,11 +44,6 @@ class Opened(NamedTuple):
         """Whether there was a push that the optimizer never used."""
         return self.pushed is not None and bool(self.pushed == moments.step_of(self.one))
 
-    @property
-    def moved(self) -> Tensor | None:
-        """What the method's scales were multiplied by in this step, `(blocks, 1)`, where they carry the weights along."""
-        return self.one.tensors[SCALE] / self.scales[SCALE] if self.one.carries and SCALE in self.scales else None
-
     def put_scales_back(self) -> None:
         """Undo what the method's gradient did to its scales and its average."""
         for key, tensor in self.scales.items():

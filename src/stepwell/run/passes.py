@@ -8,7 +8,6 @@ functions to `torch.compile`, whole.
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from stepwell.methods.base import Context, Method
-from stepwell.run.managed import Managed, wide
+from stepwell.run.managed import SCALE, Managed, wide
+from stepwell.run.told import Told, scalar
 
 PIECE = 1 << 17  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
@@ -50,10 +50,18 @@ def lengthen(method: Method, context: Context, parameter: Tensor, latent: Tensor
     parameter.copy_(torch.lerp(before, wide(parameter), method.rate_multiplier))
 
 
-def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor, deployed: Tensor) -> None:
-    """Replace the gradient by the method's."""
+def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor, parameter: Tensor) -> None:
+    """Replace the gradient by the method's, and hand the optimizer the latent weight where the forward pass saw another.
+
+    Scales that carry weights along do so here, and say by how much; the latent weight itself stays.
+    """
     assert method.gradient is not None
-    gradient.copy_(method.gradient(wide(gradient), wide(weight), wide(deployed), context))
+    before = context.tensors[SCALE].clone() if context.carries else None
+    gradient.copy_(method.gradient(wide(gradient), wide(weight), wide(parameter), context))
+    if before is not None:
+        parameter.copy_(weight * context.tensors[MOVED].copy_(context.tensors[SCALE] / before))
+    elif method.deploy is not None:
+        parameter.copy_(weight)
 
 
 def push(
@@ -95,8 +103,9 @@ def prox(method: Method, context: Context, weight: Tensor, curvature: Tensor) ->
     weight.copy_(method.prox(wide(weight), wide(curvature), context))
 
 
-def piecewise(work: Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+def piecewise(work: Pass, managed: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
     """Run a pass over cache-sized groups of rows."""
+    context, scalars = told.context(tensors[0]), [scalar(number, tensors[0]) for number in numbers]
     blocks = [managed.blocks(tensor) for tensor in tensors]
     rows, length = blocks[0].shape
     group = max(1, PIECE // length)
@@ -111,7 +120,8 @@ def piecewise(work: Pass, managed: Managed, context: Context, tensors: list[Tens
 def whole(compiled: dict[Any, Pass]) -> Callable[..., None]:
     """Return the runner that compiles each pass once per method; `compiled` keeps them."""
 
-    def run(work: Pass, managed: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+    def run(work: Pass, managed: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
+        context, scalars = told.context(tensors[0]), [scalar(number, tensors[0]) for number in numbers]
         key = (work, id(managed.method))  # a method may hold a mapping, which cannot be hashed; the Run keeps the method alive
         blocks = [managed.blocks(tensor) for tensor in tensors]
         if key in compiled:
@@ -140,21 +150,6 @@ def compile_pays(elements: int, device: torch.device) -> bool:
     if device.type == "cpu":
         return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     return True
-
-
-def scalar(value: float | Tensor, weight: Tensor) -> Tensor:
-    """Return a 0-dim tensor beside the weight; a number from the device is not read back."""
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    if isinstance(value, Tensor):
-        return value.detach().to(weight.device, dtype)
-    return _constant(float(value), dtype, weight.device)
-
-
-@lru_cache(maxsize=256)
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a 0-dim tensor that nobody writes to: parameters share most numbers of a step, and making one costs as a small pass does."""
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device=device)
 
 
 def _rows(context: Context, start: int, stop: int, length: int) -> Context:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stepwell import randomness
-from stepwell.methods.base import Context
 from stepwell.run import fused, moments, onepass, passes, sharding
 from stepwell.run.managed import SCALE, Managed, local, wide
 from stepwell.run.opened import Hooks, Opened, Replaced, Terms, remember
-from stepwell.run.passes import scalar
 from stepwell.run.phases import Phase, creates_state, overflowed
+from stepwell.run.told import Told
 from stepwell.schedules import value_at
 
 
@@ -187,7 +185,7 @@ class Stepper:
         for entry in self._active.pop(optimizer, []):
             one = entry.one
             if entry.unused:
-                one.hand_over(entry.moved)
+                one.hand_over()
                 self._push(one, entry.terms, undo=True)
             entry.put_scales_back()
             if one.latent is not None:
@@ -205,7 +203,7 @@ class Stepper:
             if one in taken:
                 continue
             opened.append(remember(one, count, taken=False))
-            one.hand_over(self._regrade(one, count))
+            self._begin(one, count)
             if not one.groups and self._push(one, count):
                 opened[-1] = opened[-1]._replace(pushed=moments.step_of(one))
         self._agree_learned(opened)
@@ -232,9 +230,8 @@ class Stepper:
             if first:
                 self._open(optimizer, terms)
             for entry in opened:
-                moved = self._regrade(entry.one, entry.terms)
                 if not entry.taken:
-                    entry.one.hand_over(moved)
+                    self._begin(entry.one, entry.terms)
             self._agree_learned(opened)
             return result
 
@@ -245,10 +242,7 @@ class Stepper:
         one = entry.one
         if entry.taken or one.latent is None or one.method.rate_multiplier == 1:
             return
-        context = self._context(one, entry.terms)
-        if one.moved is not None:
-            context = context._replace(tensors={**context.tensors, passes.MOVED: one.moved})
-        self._run(passes.lengthen, one, context, [one.weight, one.latent])
+        self._run(passes.lengthen, one, self._carrying(one, self._told(one, entry.terms)), [one.weight, one.latent])
 
     def _regularizes(self, one: Managed) -> bool:
         """Whether the method takes a step of its own after the optimizer's."""
@@ -258,13 +252,13 @@ class Stepper:
         """Take the method's own step after the optimizer's: down a penalty that no moment takes, or to the proximal point."""
         if one.method.push is not None and not moments.exact(one.optimizer, one.group):
             down = torch.empty_like(one.weight)
-            self._run(passes.descend, one, self._context(one, terms), [down, one.weight, moments.curvature(one)])
+            self._run(passes.descend, one, self._told(one, terms), [down, one.weight, moments.curvature(one)])
             one.weight.sub_(down)
         if one.method.prox is not None:
-            context = self._context(one, terms * moments.correction(one))
+            told = self._told(one, terms * moments.correction(one))
             if moments.reads_moments(one.method):
-                context = context._replace(correction=scalar(moments.bias(one), one.weight))
-            self._run(passes.prox, one, context, [one.weight, moments.curvature(one)])
+                told = told._replace(correction=moments.bias(one))
+            self._run(passes.prox, one, told, [one.weight, moments.curvature(one)])
 
     def _finish(self, one: Managed, terms: float, taken: bool) -> None:
         """Search scales where that is due, and deploy what the step has made of a parameter."""
@@ -279,26 +273,23 @@ class Stepper:
         if due:
             one.refit(one.weight)
         if one.latent is not None:
-            self._run(passes.deploy, one, self._context(one, terms), [one.weight, one.latent])
+            self._run(passes.deploy, one, self._told(one, terms), [one.weight, one.latent])
 
     @torch.no_grad()
-    def _regrade(self, one: Managed, terms: float) -> Tensor | None:
-        """Replace the gradient by the method's; the parameter still holds what the forward pass saw.
-
-        Returns:
-            What the scales were multiplied by, `(blocks, 1)`, where they carry the weights along.
-        """
+    def _begin(self, one: Managed, terms: float) -> None:
+        """Replace the gradient by the method's, and hand over the latent weight; the parameter still holds what the forward pass saw."""
         if one.method.gradient is None:
-            return None
-        before = one.tensors[SCALE].clone() if one.carries else None
+            one.hand_over()
+            return
+        one.moved = torch.empty_like(one.tensors[SCALE]) if one.carries else None
+        told = self._carrying(one, self._told(one, terms, one.source))
         grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
         scaled = getattr(one.optimizer, "grad_scale", None)  # a fused optimizer unscales by itself, under a GradScaler
         if scaled is not None:
             grad.div_(scaled)
-        self._run(passes.gradient, one, self._context(one, terms, one.source), [grad, one.source, one.weight])
+        self._run(passes.gradient, one, told, [grad, one.source, one.weight])
         if scaled is not None:
             grad.mul_(scaled)
-        return None if before is None else one.tensors[SCALE] / before
 
     def _push(self, one: Managed, terms: float, *, undo: bool = False) -> bool:
         """Add the penalty's gradient to the first moment; False where there is none yet, or the optimizer has none."""
@@ -307,44 +298,48 @@ class Stepper:
         beta = float(one.group["betas"][0])
         factor, bias = (1 - beta) / beta * (-1 if undo else 1), moments.bias(one)
         numbers = (factor, passes.REACH**2 * bias, passes.REACH * float(one.group["eps"]))
-        scalars = (scalar(number, one.weight) for number in numbers)
         tensors = [one.weight, moments.first(one), moments.curvature(one), moments.second(one)]
-        context = self._context(one, terms * bias if moments.reads_moments(one.method) else terms)
-        self._run(passes.push, one, context, tensors, *scalars)
+        told = self._told(one, terms * bias if moments.reads_moments(one.method) else terms)
+        self._run(passes.push, one, told, tensors, *numbers)
         return True
 
-    def _context(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Context:
+    def _told(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Told:
         """Return what the method may know; `source` is the weight to fit scales to, the parameter's own value by default."""
         step = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
-        source = one.weight if source is None else source
-        return Context(
+        return Told(
             quantizer=one.grid,
             step=step,
-            lr=scalar(one.group.get("lr", 0.0), source),
-            loss_terms=scalar(terms, source),
-            fit=one.held_fit(source),
+            lr=one.group.get("lr", 0.0),
+            loss_terms=terms,
+            fit=one.held_fit(one.weight if source is None else source),
             tensors=one.tensors,
-            key=torch.full((), randomness.stream(self._seed, step, one.name), dtype=torch.int64, device=source.device),
+            seed=self._seed,
+            name=one.name,
             offset=one.offset,
-            scheduled={name: scalar(value_at(name, value, step), source) for name, value in one.method.schedules.items()},
+            scheduled={name: value_at(name, value, step) for name, value in one.method.schedules.items()},
             carries=one.carries,
         )
 
+    @staticmethod
+    def _carrying(one: Managed, told: Told) -> Told:
+        """Tell also what the scales were multiplied by, or where to write that, where they carry the weights along."""
+        return told if one.moved is None else told._replace(tensors={**one.tensors, passes.MOVED: one.moved})
+
     def _show_into(self, one: Managed, into: Tensor) -> None:
         assert one.latent is not None
-        self._run(passes.show, one, self._context(one, 1.0, one.latent), [into, one.latent])
+        self._run(passes.show, one, self._told(one, 1.0, one.latent), [into, one.latent])
 
-    def _run(self, work: passes.Pass, one: Managed, context: Context, tensors: list[Tensor], *scalars: Tensor) -> None:
+    def _run(self, work: passes.Pass, one: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
         """Run a pass on the chosen path; the automatic path falls back to eager where compilation fails."""
         if not one.weight.numel():  # an empty shard
             return
         if self.compiled:
             try:
-                self._whole(work, one, context, tensors, *scalars)
+                self._whole(work, one, told, tensors, *numbers)
                 return
             except Exception as error:
                 if self._insist:
                     raise
                 self.compiled = False
                 warnings.warn(f"torch.compile failed ({type(error).__name__}: {error}); the run goes on with the eager path.", stacklevel=2)
-        self._each(work, one, context, tensors, *scalars)
+        self._each(work, one, told, tensors, *numbers)
