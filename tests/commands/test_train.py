@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import stepwell as sw
 from stepwell.commands.train import described
+from stepwell.runtimes import targets
 
 MINE = """
 from tests.language import tiny
@@ -24,6 +25,9 @@ def both():
 
 def latent():
     return tiny("int2_1m_lotion")
+
+def two():
+    return tiny("int2_1m")
 
 def float():
     return tiny("fp_1m")
@@ -86,9 +90,33 @@ def test_a_table_for_people_and_a_bar_on_the_other_stream(run):
     assert code == 0
     assert "rounded to nearest (RTN)" in out
     assert "perplexity" in out
-    assert "Ship it: stepwell quantize" in out
+    assert "  stepwell quantize table/model OUT --target compressed-tensors:int4" in out.splitlines()
+    assert "Figure: table/loss.svg" in out.splitlines()
     assert "loss" in err
     assert "\r" not in out
+
+
+@pytest.mark.filterwarnings("ignore:.*saturates")
+@pytest.mark.parametrize(
+    ("recipe", "options", "grid", "target"),
+    [
+        ("both", ["--target", "gguf:q4_0"], "int4/full block 32, absmax fp16 scales", "gguf:q4_0"),
+        (
+            "two",
+            [],
+            "int2/mid block 32, absmax fp32 scales",
+            "safetensors",
+        ),  # the default takes half-odd codes
+    ],
+)
+def test_the_command_that_is_printed_ships_what_was_trained(run, place, recipe, options, grid, target):
+    code, out, _ = run(f"mine:{recipe}", "--data", "data", "--out", f"for_{recipe}", "--steps", "1", *options)
+    assert code == 0
+    assert grid in out
+    assert (f"No runtime holds {grid}: --target trains for one" in out) == (target == "safetensors")
+    assert out.splitlines()[-1] == f"  stepwell export for_{recipe}/model for_{recipe}/model/encoded.safetensors OUT --target {target}"
+    held = next(row for row in targets() if row.name == target)
+    assert all(held.holds(one.quantizer) for one in sw.load(place / f"for_{recipe}/model/encoded.safetensors").values())
 
 
 def test_what_full_precision_leaves_starts_a_cooldown(run, place):
@@ -123,6 +151,7 @@ def test_stopped_and_resumed_from_the_command_line(run, place):
         (("mine:both", "--out", "x", "--data", "data", "--steps", "0"), "`steps` of a recipe must be a whole number"),
         (("mine:both", "--out", "x", "--data", "data", "--track", "mlflow"), "`track` must be tensorboard or wandb"),
         (("mine:both", "--out", "mine.py"), "`out`"),
+        (("mine:both", "--out", "x", "--data", "data", "--target", "gguf:q9"), "`target` must be one of compressed-tensors, torchao"),
         (("mine:both", "--out", "x", "--data", "data", "--resume"), "`resume`: there is no folder x"),
         (("mine:both", "--out", "x", "--data", "few.txt"), "`data` is too short: 1 documents"),
         (("mine:both", "--out", "x", "--data", "bare"), "`data`: bare lacks its tokenizer"),

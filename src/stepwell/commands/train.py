@@ -1,5 +1,6 @@
 """`stepwell train RECIPE`: a language model from text to a folder that ships, resumable at any moment."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepwell.commands.files import check_folder
-from stepwell.commands.output import Json, print_json, print_table
+from stepwell.commands.output import Json, console, print_json, print_table
 
 if TYPE_CHECKING:
+    from stepwell.quantizers import Quantizer
     from stepwell.train.outcome import Outcome
     from stepwell.train.pretrain import Seen, Watcher
     from stepwell.train.recipe import Recipe
 
 RECIPE = "recipes.lm:NAME such as recipes.lm:int4_15m, or module:function or file.py:function, which returns a Recipe."
 DATA = "Text, JSONL or parquet (file or folder), or a dataset such as c4; the interpreter's own Python sources if left out."
+OURS = "safetensors"  # the target that holds any grid, and that no runtime reads
 HEALTH = ("flips", "oscillation", "dead", "clipped")
 
 
@@ -29,6 +32,9 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Hugging Face folder, or an earlier run's, to go on from.", show_default=False)] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder, tokenizer.json or bytes; trained on the data if left out.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Runtime whose grid to train for, in place of the recipe's: gguf:q4_0, ..", show_default=False)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of the recipe's.", show_default=False)] = None,
     micro: Annotated[
@@ -52,7 +58,7 @@ def train(
     from stepwell.train.pretrain import pretrain
     from stepwell.train.ranks import together
 
-    wanted = changed(find(recipe), steps=steps, micro=micro, seed=seed, save_every=save_every, compiled=compiled)
+    wanted = changed(find(recipe), target=target, steps=steps, micro=micro, seed=seed, save_every=save_every, compiled=compiled)
     tracker = tracker_of(track)
     source: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "start": start}
     with together(), bar(wanted) as watch:
@@ -63,16 +69,29 @@ def train(
     if json:
         print_json(as_mapping(outcome))
         return
-    print_table(summary(outcome), title=title(outcome), note=ending(outcome))
+    print_table(summary(outcome), title=title(outcome), note="Losses on held-out text.")
+    console().print(
+        *ending(outcome, target or holder((wanted.made_method() or wanted).quantizer)), sep="\n", highlight=False, soft_wrap=True
+    )
 
 
 def changed(
-    recipe: "Recipe", *, steps: int | None, micro: int | None, seed: int | None, save_every: int | None, compiled: bool
+    recipe: "Recipe",
+    *,
+    target: str | None,
+    steps: int | None,
+    micro: int | None,
+    seed: int | None,
+    save_every: int | None,
+    compiled: bool,
 ) -> "Recipe":
     """Return a recipe with what the command line asks for; a shorter run warms up for a tenth of it at most."""
     from dataclasses import replace
 
-    given = {"steps": steps, "micro": micro, "seed": seed, "save_every": save_every, "compile": compiled or None}
+    from stepwell.ship.targets import grid
+
+    quantizer = None if target is None else grid(target, bits=None, block=None)
+    given = {"quantizer": quantizer, "steps": steps, "micro": micro, "seed": seed, "save_every": save_every, "compile": compiled or None}
     asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if steps is not None and steps > 0:
         asked["warmup"] = min(recipe.warmup, steps // 10)
@@ -141,11 +160,27 @@ def title(outcome: "Outcome") -> str:
     )
 
 
-def ending(outcome: "Outcome") -> str:
-    """Return where the model is and what to do with it."""
-    model, encoded = outcome.files["model"], outcome.files.get("encoded")
-    command = f"export {model} {encoded}" if encoded else f"quantize {model}"
-    return f"Losses on held-out text. Model: {model}\nShip it: stepwell {command} OUT --target compressed-tensors"
+def holder(grid: "Quantizer") -> str:
+    """Return a target that holds a grid: compressed-tensors where that does, and ours where no runtime does.
+
+    >>> from stepwell.presets import int3
+    >>> holder(int3())
+    'compressed-tensors:int3'
+    """
+    from stepwell.runtimes import targets
+    from stepwell.ship.targets import known
+
+    names = [row.name for row in targets() if row.name in known() and row.holds(grid)]
+    return min(names, key=lambda name: not name.startswith("compressed-tensors"))
+
+
+def ending(outcome: "Outcome", target: str) -> list[str]:
+    """Return where the files are, and the command that ships them; paths as short as they can be."""
+    paths = {name: min(os.path.relpath(path), path, key=len) for name, path in outcome.files.items()}
+    command = f"export {paths['model']} {paths['encoded']}" if "encoded" in paths else f"quantize {paths['model']}"
+    alone = [f"No runtime holds {outcome.quantizer}: --target trains for one that `stepwell formats --targets` lists."]
+    lines = [f"Model: {paths['model']}", f"Figure: {paths['figure']}", *(alone if target == OURS else []), "Ship it:"]
+    return [*lines, f"  stepwell {command} OUT --target {target}"]
 
 
 def summary(outcome: "Outcome") -> list[dict[str, object]]:

@@ -72,7 +72,7 @@ def finish(session: Session, out: Path) -> Outcome:
     outcome = Outcome(
         recipe.name,
         described["method"],
-        described["quantizer"],
+        str((recipe.made_method() or recipe).quantizer),  # the default method takes more codes than the recipe's grid names
         recipe.steps,
         recipe.steps * recipe.loss_terms,
         sum(parameter.numel() for parameter in model.parameters()),
