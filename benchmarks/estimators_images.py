@@ -114,7 +114,9 @@ def summarise(shots: Sequence[Shot], everyone: Mapping[str, Arm]) -> list[Row]:
     rows = []
     for task in TASKS:
         reported = {
-            (name, bits): [one for one in shots if one[:4] == (task, name, bits, chosen(shots, task, name, arm)) and one.split == "test"]
+            (name, bits): [
+                one for one in shots if one[:4] == (task, name, bits, chosen(shots, task, name, bits, arm)) and one.split == "test"
+            ]
             for name, arm in everyone.items()
             for bits in (FLOAT_BITS, *WIDTHS)
         }
