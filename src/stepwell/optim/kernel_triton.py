@@ -2,7 +2,8 @@
 
 Same order of operations as kernel.c, but for sums over a block and for products and sums that a GPU makes one instruction of; square roots
 and quotients are rounded as IEEE says. A NaN stays where it is instead of making its block NaN. Checked against float64 in Triton's
-interpreter; no GPU has run it, so that nothing chooses it by itself (see `engines`).
+interpreter, and compiled for a GPU without one; no GPU has run it, so that nothing chooses it by itself (see `engines`). Triton reads its
+functions' annotations as code: they may name `tl` alone.
 """
 
 from typing import Any
@@ -45,20 +46,20 @@ def step(arrays: Any, rows: int, block: int, numbers: Any) -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _nearest(units: Any) -> Any:
+def _nearest(units):
     """Return the nearest integers, ties to even: float32 has no digits behind the point from 2^23 on."""
     return (units + 12582912.0) - 12582912.0
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _clamped(units: Any, low: Any, high: Any) -> Any:
+def _clamped(units, low, high):
     """Return units inside the grid; a NaN stays one."""
     units = tl.where(units < low, low, units)
     return tl.where(units > high, high, units)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _fitted(weight: Any, edge: Any, FULL: tl.constexpr) -> Any:
+def _fitted(weight, edge, FULL: tl.constexpr):
     """Return the scale of every block, `(ROWS, 1)`; places beyond a block hold zeros."""
     if FULL:
         above, below = tl.max(weight, 1), tl.min(weight, 1)
@@ -68,9 +69,7 @@ def _fitted(weight: Any, edge: Any, FULL: tl.constexpr) -> Any:
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _force(
-    weight: Any, second: Any, scale: Any, pull: Any, spread: Any, least: Any, through: Any, low: Any, high: Any, border: Any, tolerance: Any
-) -> Any:
+def _force(weight, second, scale, pull, spread, least, through, low, high, border, tolerance):
     """Return the penalty's gradient with what goes through the scale, bounded."""
     lift = tl.where(tl.abs(scale) < 1.1754943508222875e-38, 1.2676506002282294e30, 1.0)  # the reciprocal of a smaller scale overflows
     inverse = tl.where(scale == 0, 0.0, tl.div_rn(tl.zeros_like(scale) + 1.0, tl.where(scale == 0, 1.0, scale * lift)))
@@ -93,12 +92,12 @@ def _force(
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _step(
-    shown: Any, weight: Any, grad: Any, first: Any, second: Any, scales: Any, rows: Any,
-    sign: Any, decay: Any, mix: Any, gain: Any, keep: Any, root: Any, eps: Any, rate: Any, pull: Any, factor: Any, spread: Any, least: Any,
-    through: Any, low: Any, high: Any, edge: Any, border: Any, tolerance: Any,
+    shown, weight, grad, first, second, scales, rows,
+    sign, decay, mix, gain, keep, root, eps, rate, pull, factor, spread, least,
+    through, low, high, edge, border, tolerance,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLENDS: tl.constexpr, PUSHES: tl.constexpr, FULL: tl.constexpr,
     SHOWS: tl.constexpr, HELD: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Step some blocks: penalty, moments, weight, rounded copy."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
