@@ -265,3 +265,25 @@ def test_writes_are_seen_by_autograd():
         fused.run(passes.deploy, one, told(one), [one.weight, torch.empty(4, 32)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("quantizer", [sw.int3(block=16), sw.nvfp4(), sw.intn(3, block=16, scale="mse"), sw.int4(block=None)], ids=str)
+@pytest.mark.parametrize("compile", [None, False], ids=["kernels", "eager"])
+def test_scales_are_fitted_to_what_longer_steps_make_of_weights(quantizer, compile, cheap):
+    """Twice the rate in a group of their own is the same, but for the rounding of a weight that moves by .02."""
+    found = []
+    for rate, method in ((0.02, sw.ste(quantizer)), (0.01, sw.faster(sw.ste(quantizer), 2.0))):
+        layer = torch.nn.Linear(64, 16, bias=False)
+        layer.weight.data = gaussian(16, 64, seed=1)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=rate)
+        run = sw.attach(layer, method, optimizer, refit=1, compile=compile)
+        for step in range(3):
+            layer.weight.grad = gaussian(16, 64, seed=step)
+            optimizer.step()
+        shown = layer.weight.detach().clone()
+        latent, encoded = latents(run, layer)["weight"], run.finalize()["weight"]
+        assert torch.equal(encoded.decode(), shown)
+        found.append((latent, encoded.scales))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    assert (found[0][0] - gaussian(16, 64, seed=1)).abs().max() > 0.02

@@ -14,7 +14,7 @@ import stepwell as sw
 from stepwell.methods.fisher import FISHER, SEEN
 from stepwell.run import fused, fused_held, passes
 from stepwell.run.managed import SCALE, wide
-from stepwell.run.told import Told
+from stepwell.run.told import MOVED, Told
 
 pytest.importorskip("numba")
 
@@ -108,7 +108,7 @@ def test_scales_that_carry_say_by_how_much_and_do_it(name):
         one.latent, gradient = latent.clone(), gaussian(24, 160, seed=1)
         told, before = tell(one), one.tensors[SCALE].clone()
         one.moved = torch.zeros_like(before)
-        told = told._replace(carries=one.carries, tensors={**one.tensors, passes.MOVED: one.moved})
+        told = told._replace(carries=one.carries, tensors={**one.tensors, MOVED: one.moved})
         run(passes.gradient, one, told, [gradient, one.latent, one.weight])
         assert torch.equal(one.moved, one.tensors[SCALE] / before)
         assert torch.equal(one.weight, one.unblock(one.blocks(latent) * one.moved))
@@ -116,6 +116,23 @@ def test_scales_that_carry_say_by_how_much_and_do_it(name):
         found.append(one.moved)
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
     assert (found[0] != 1).any()
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["", "carried"])
+@pytest.mark.parametrize("multiplier", [0.3, 0.5, 2.0])
+def test_longer_steps_are_equal_but_for_one_rounding(multiplier, carried):
+    """torch rounds a product and a sum at once: two roundings end an ulp of the sum and half one of the product from that."""
+    latent, moved = gaussian(24, 160, seed=0), 1 + gaussian(120, 1, seed=2) * 0.01
+    after, found = latent + gaussian(24, 160, seed=1) * 0.01, []
+    for run in (fused.run, passes.piecewise):
+        one = managed(after, sw.faster(sw.ste(sw.int4(block=32)), multiplier))
+        told = tell(one)._replace(tensors={MOVED: moved} if carried else {})
+        run(passes.lengthen, one, told, [one.weight, latent])
+        found.append(one.weight.clone())
+    before = one.unblock(one.blocks(latent) * moved) if carried else latent
+    torch.testing.assert_close(found[0], before + (after - before) * multiplier, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(*found, rtol=2.0**-23, atol=2.0**-24 * 0.05)  # products are below .05
+    assert not torch.equal(found[0], after)
 
 
 @pytest.mark.parametrize("odd", [None, torch.nan, -torch.nan, torch.inf, -torch.inf])

@@ -69,18 +69,19 @@ def kernels() -> ModuleType | None:
 
 def run(work: passes.Pass, managed: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
     """Run a pass by its kernel where it has one for these tensors, else over cache-sized groups of rows."""
-    here = told.fit is None and (
-        _serves(managed) if work is passes.push else work is passes.deploy and managed.method.deploys_nearest and _common(managed)
-    )
+    ends = work in (passes.deploy, passes.arrive)
+    here = told.fit is None and (_serves(managed) if work is passes.push else ends and managed.method.deploys_nearest and _common(managed))
     arrays = _arrays(managed, tensors) if here or fused_held.has(work, managed) else None
     if arrays is None:
         passes.piecewise(work, managed, told, tensors, *numbers)
         return
     format, compiled = managed.grid.format, kernels()
     assert compiled is not None
+    if work is passes.arrive:
+        fused_held.lengthen(managed, told, arrays, _split)
     if not here:
         written = tensors[: fused_held.run(work, managed, told, arrays, numbers, _split)]
-    elif work is passes.deploy:
+    elif ends:
         _split(compiled.deploy, arrays, format.edge)
         written = tensors
     else:

@@ -26,7 +26,7 @@ from stepwell.methods.soft import smoothed
 from stepwell.methods.ste import Clipped
 from stepwell.run import fused_soft, passes
 from stepwell.run.managed import Managed, once
-from stepwell.run.told import Told
+from stepwell.run.told import MOVED, Told
 
 Split = Callable[..., None]
 
@@ -84,7 +84,7 @@ def has(work: passes.Pass, one: Managed) -> bool:
     """Whether a pass of this parameter has a kernel here."""
     if work is passes.show and one.method.deploy is not smoothed:
         return False  # the eager pass gives the same bits
-    return work in KERNELS and serves(one) and kernels() is not None
+    return (work in KERNELS or work is passes.lengthen) and serves(one) and kernels() is not None
 
 
 @cache
@@ -101,11 +101,22 @@ def run(work: passes.Pass, one: Managed, told: Told, arrays: list[Any], numbers:
     """Run a pass over `(blocks, block)` arrays by its kernel; return how many of the arrays, from the first, were written."""
     compiled = kernels()
     assert compiled is not None
+    if work is passes.lengthen:
+        lengthen(one, told, arrays, split)
+        return 1
     if told.fit is None:
         scale = _fitted(one, arrays[1 if work in (passes.gradient, passes.descend, passes.show) else 0], split)
     else:
-        scale = told.fit.scale.reshape(-1).to(torch.float32).contiguous().numpy()
+        scale = told.fit.scale.to(torch.float32).numpy().reshape(-1)
     return KERNELS[work](Call(compiled, one, told, arrays, scale, numbers, split))
+
+
+def lengthen(one: Managed, told: Told, arrays: list[Any], split: Split) -> None:
+    """Make the optimizer's step longer, in the parameter's `(blocks, block)` array beside the latent weight's."""
+    compiled = kernels()
+    assert compiled is not None
+    carried = _rows(told.tensors[MOVED]) if MOVED in told.tensors else np.ones(len(arrays[0]), np.float32)
+    split(compiled.lengthen, [*arrays, carried], one.method.rate_multiplier)
 
 
 def _fitted(one: Managed, weight: Any, split: Split) -> Any:
@@ -223,7 +234,7 @@ def _learn(call: Call, change: Learned) -> None:
     own = [_rows(told.tensors[name]) for name in (SCALE, FIRST, SECOND, STEPS, PEAK)]
     numbers = (float(told.lr), change.rate, *change.betas, change.eps)
     if change.sees_grid:
-        carried = _rows(told.tensors[passes.MOVED]) if told.carries else np.empty_like(own[0])
+        carried = _rows(told.tensors[MOVED]) if told.carries else np.empty_like(own[0])
         call.split(compiled.learn, [gradient, weight, parameter, carried, *own], *numbers, *call.grid[:2], told.carries)
     else:
         call.split(compiled.weigh, [gradient, weight, *own], *numbers, *call.grid)
@@ -231,6 +242,7 @@ def _learn(call: Call, change: Learned) -> None:
 
 KERNELS: dict[passes.Pass, Callable[[Call], int]] = {
     passes.deploy: _deploy,
+    passes.arrive: _deploy,  # once the step is longer
     passes.prox: _prox,
     passes.push: _push,
     passes.descend: _descend,

@@ -107,6 +107,18 @@ def drawn(parameter: Array, latent: Array, scale: Array, places: Array, low: flo
             parameter[k, j] = top if uniform * (top - bottom) < min(max(weight, bottom), top) - bottom else bottom
 
 
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {NUMBER})")
+def lengthen(parameter: Array, latent: Array, carried: Array, multiplier: float) -> None:
+    """As `passes.lengthen`, but that torch rounds product and sum at once; `carried`: what latent weights were multiplied by."""
+    length, near = np.uint64(parameter.shape[1]), multiplier < HALF
+    share = multiplier if near else multiplier - ONE
+    for k in range(np.uint64(parameter.shape[0])):
+        factor = carried[k]
+        for j in range(length):
+            before, after = latent[k, j] * factor, parameter[k, j]
+            parameter[k, j] = (before if near else after) + (after - before) * share
+
+
 @compiled(f"void({ROWS}, {SCALES}, {GRID}, {NUMBER})")
 def pulled(parameter: Array, scale: Array, low: float, high: float, shift: float, share: float) -> None:
     """As `passes.prox` of CAGE."""

@@ -123,6 +123,12 @@ class Managed:
         module, local_name = self.owner or (None, "")
         return module is not None and module._parameters.get(local_name) is not self.parameter
 
+    @property
+    def fits_apart(self) -> bool:
+        """Whether scales are fitted to a whole weight ahead of the pass that rounds it, which fits others itself or has no need to."""
+        searched = self.quantizer.rule == "mse" and SCALE not in self.tensors
+        return bool(self.groups) or self.quantizer.scale_dtype == "e4m3" or searched
+
     def held_fit(self, tensor: Tensor) -> Fit | None:
         """Return scales that rows cannot fit alone: those that are searched or learned, and those with one scale per tensor behind them.
 

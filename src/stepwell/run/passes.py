@@ -16,12 +16,11 @@ from torch import Tensor
 
 from stepwell.methods.base import Context, Method
 from stepwell.run.managed import SCALE, Managed, wide
-from stepwell.run.told import Told, scalar
+from stepwell.run.told import MOVED, Told, scalar
 
 PIECE = 1 << 17  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
 
-MOVED = "moved"  # among a context's tensors: what latent weights were multiplied by before the optimizer's step
 REACH = 10.0  # how many root mean square gradients a penalty may push a weight with
 
 Pass = Callable[..., None]
@@ -48,6 +47,12 @@ def lengthen(method: Method, context: Context, parameter: Tensor, latent: Tensor
     if MOVED in context.tensors:
         before = before * context.tensors[MOVED]
     parameter.copy_(torch.lerp(before, wide(parameter), method.rate_multiplier))
+
+
+def arrive(method: Method, context: Context, parameter: Tensor, latent: Tensor) -> None:
+    """Do both: make the optimizer's step longer, and deploy where it leads."""
+    lengthen(method, context, parameter, latent)
+    deploy(method, context, parameter, latent)
 
 
 def gradient(method: Method, context: Context, gradient: Tensor, weight: Tensor, parameter: Tensor) -> None:
@@ -121,6 +126,10 @@ def whole(compiled: dict[Any, Pass]) -> Callable[..., None]:
     """Return the runner that compiles each pass once per method; `compiled` keeps them."""
 
     def run(work: Pass, managed: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
+        if work is arrive:  # a graph each: torch 2.13 fails on reductions over a tensor that was overwritten (KeyError 'buf3')
+            run(lengthen, managed, told, tensors)
+            run(deploy, managed, told, tensors)
+            return
         context, scalars = told.context(tensors[0]), [scalar(number, tensors[0]) for number in numbers]
         key = (work, id(managed.method))  # a method may hold a mapping, which cannot be hashed; the Run keeps the method alive
         blocks = [managed.blocks(tensor) for tensor in tensors]

@@ -13,8 +13,7 @@ from stepwell.run import fused, moments, onepass, passes, sharding
 from stepwell.run.managed import SCALE, Managed, local, wide
 from stepwell.run.opened import Hooks, Opened, Replaced, Terms, remember
 from stepwell.run.phases import Phase, creates_state, overflowed
-from stepwell.run.told import Told
-from stepwell.schedules import value_at
+from stepwell.run.told import Teller, Told
 
 
 class Stepper:
@@ -22,11 +21,12 @@ class Stepper:
 
     def __init__(self, managed: list[Managed], *, start: int, seed: int, refit: int, compiled: bool | None) -> None:
         """Keep the settings; `begin_run` touches the parameters."""
-        self._managed, self._start, self._seed, self._refit = managed, start, seed, refit
+        self._managed, self._start, self._refit = managed, start, refit
         optimizers = dict.fromkeys(one.optimizer for one in managed if one.optimizer is not None)
         self.steps: dict[Optimizer, int] = dict.fromkeys(optimizers, 0)
         self._phases = {optimizer: Phase() for optimizer in optimizers}
         self._active: dict[Optimizer, list[Opened]] = {}
+        self._tell = Teller(self.steps, seed).tell
         device, elements = managed[0].weight.device, sum(one.weight.numel() for one in managed)
         self._hands_over = compiled is None
         self._alone = compiled is None and onepass.takes_all(managed)
@@ -155,15 +155,16 @@ class Stepper:
         if optimizer in self._active:  # else a skipped step, or one that only created optimizer state
             self.steps[optimizer] += 1
             opened = self._active[optimizer]
-            for entry in opened:
-                self._lengthen(entry)
-            moved = [(entry.one, entry.terms) for entry in opened if not entry.taken and self._regularizes(entry.one)]
-            sharding.agree([(one, one.weight) for one, _ in moved if one.groups])
-            for one, terms in moved:
+            regularized = {entry.one: entry.terms for entry in opened if not entry.taken and self._regularizes(entry.one)}
+            early = {entry.one for entry in opened if self._lengthens(entry.one) and (entry.one in regularized or entry.one.fits_apart)}
+            for one in early:
+                self._run(passes.lengthen, one, self._tell(one, 1.0, moves=True), [one.weight, one.source])
+            sharding.agree([(one, one.weight) for one in regularized if one.groups])
+            for one, terms in regularized.items():
                 self._regularize(one, terms)
             sharding.agree([(one, one.weight) for one, *_ in opened if one.groups and SCALE not in one.tensors])
             for place, entry in enumerate(opened):
-                self._finish(entry.one, entry.terms, entry.taken)
+                self._finish(entry, longer=self._lengthens(entry.one) and entry.one not in early)
                 entry.one.note()
                 opened[place] = entry._replace(scales={})  # should a later one fail, what is finished keeps its scales
             del self._active[optimizer]
@@ -237,12 +238,9 @@ class Stepper:
 
         return run
 
-    def _lengthen(self, entry: Opened) -> None:
-        """Make the optimizer's step longer, where the method asks for it."""
-        one = entry.one
-        if entry.taken or one.latent is None or one.method.rate_multiplier == 1:
-            return
-        self._run(passes.lengthen, one, self._carrying(one, self._told(one, entry.terms)), [one.weight, one.latent])
+    def _lengthens(self, one: Managed) -> bool:
+        """Whether a method asks for a longer step; the optimizer itself takes none of these."""
+        return one.latent is not None and one.method.rate_multiplier != 1
 
     def _regularizes(self, one: Managed) -> bool:
         """Whether the method takes a step of its own after the optimizer's."""
@@ -252,19 +250,20 @@ class Stepper:
         """Take the method's own step after the optimizer's: down a penalty that no moment takes, or to the proximal point."""
         if one.method.push is not None and not moments.exact(one.optimizer, one.group):
             down = torch.empty_like(one.weight)
-            self._run(passes.descend, one, self._told(one, terms), [down, one.weight, moments.curvature(one)])
+            self._run(passes.descend, one, self._tell(one, terms), [down, one.weight, moments.curvature(one)])
             one.weight.sub_(down)
         if one.method.prox is not None:
-            told = self._told(one, terms * moments.correction(one))
+            told = self._tell(one, terms * moments.correction(one))
             if moments.reads_moments(one.method):
                 told = told._replace(correction=moments.bias(one))
             self._run(passes.prox, one, told, [one.weight, moments.curvature(one)])
 
-    def _finish(self, one: Managed, terms: float, taken: bool) -> None:
-        """Search scales where that is due, and deploy what the step has made of a parameter."""
+    def _finish(self, entry: Opened, *, longer: bool) -> None:
+        """Search scales where that is due, and deploy what the step has made of a parameter; `longer`: its step is yet to be made so."""
+        one = entry.one
         assert one.optimizer is not None
         due = self.steps[one.optimizer] % self._refit == 0
-        if taken:
+        if entry.taken:
             if due and one.quantizer.rule == "mse":
                 one.refit(one.source)
                 if one.latent is not None:
@@ -273,7 +272,8 @@ class Stepper:
         if due:
             one.refit(one.weight)
         if one.latent is not None:
-            self._run(passes.deploy, one, self._told(one, terms), [one.weight, one.latent])
+            told = self._tell(one, entry.terms, moves=longer)
+            self._run(passes.arrive if longer else passes.deploy, one, told, [one.weight, one.latent])
 
     @torch.no_grad()
     def _begin(self, one: Managed, terms: float) -> None:
@@ -282,7 +282,7 @@ class Stepper:
             one.hand_over()
             return
         one.moved = torch.empty_like(one.tensors[SCALE]) if one.carries else None
-        told = self._carrying(one, self._told(one, terms, one.source))
+        told = self._tell(one, terms, one.source, moves=True)
         grad = local(one.parameter.grad.detach())  # type: ignore[union-attr]
         scaled = getattr(one.optimizer, "grad_scale", None)  # a fused optimizer unscales by itself, under a GradScaler
         if scaled is not None:
@@ -299,35 +299,13 @@ class Stepper:
         factor, bias = (1 - beta) / beta * (-1 if undo else 1), moments.bias(one)
         numbers = (factor, passes.REACH**2 * bias, passes.REACH * float(one.group["eps"]))
         tensors = [one.weight, moments.first(one), moments.curvature(one), moments.second(one)]
-        told = self._told(one, terms * bias if moments.reads_moments(one.method) else terms)
+        told = self._tell(one, terms * bias if moments.reads_moments(one.method) else terms)
         self._run(passes.push, one, told, tensors, *numbers)
         return True
 
-    def _told(self, one: Managed, terms: float | Tensor, source: Tensor | None = None) -> Told:
-        """Return what the method may know; `source` is the weight to fit scales to, the parameter's own value by default."""
-        step = max(self.steps.values(), default=0) if one.optimizer is None else self.steps[one.optimizer]
-        return Told(
-            quantizer=one.grid,
-            step=step,
-            lr=one.group.get("lr", 0.0),
-            loss_terms=terms,
-            fit=one.held_fit(one.weight if source is None else source),
-            tensors=one.tensors,
-            seed=self._seed,
-            name=one.name,
-            offset=one.offset,
-            scheduled={name: value_at(name, value, step) for name, value in one.method.schedules.items()},
-            carries=one.carries,
-        )
-
-    @staticmethod
-    def _carrying(one: Managed, told: Told) -> Told:
-        """Tell also what the scales were multiplied by, or where to write that, where they carry the weights along."""
-        return told if one.moved is None else told._replace(tensors={**one.tensors, passes.MOVED: one.moved})
-
     def _show_into(self, one: Managed, into: Tensor) -> None:
         assert one.latent is not None
-        self._run(passes.show, one, self._told(one, 1.0, one.latent), [into, one.latent])
+        self._run(passes.show, one, self._tell(one, 1.0, one.latent), [into, one.latent])
 
     def _run(self, work: passes.Pass, one: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
         """Run a pass on the chosen path; the automatic path falls back to eager where compilation fails."""

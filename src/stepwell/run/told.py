@@ -6,11 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stepwell import randomness
-from stepwell.methods.base import Context
+from stepwell.methods.base import Context, Method
 from stepwell.quantizers import Quantizer
+from stepwell.run.managed import Managed
 from stepwell.scales import Fit
+from stepwell.schedules import value_at
+
+MOVED = "moved"  # among a context's tensors: what latent weights were multiplied by before the optimizer's step
 
 
 class Told(NamedTuple):
@@ -53,6 +58,42 @@ class Told(NamedTuple):
             correction=None if self.correction is None else scalar(self.correction, weight),
             carries=self.carries,
         )
+
+
+class Teller:
+    """Tells methods what they may know, and asks their schedules once per step for all parameters."""
+
+    def __init__(self, steps: Mapping[Optimizer, int], seed: int) -> None:
+        """Take the optimizers' steps, which go on, and the seed of every draw."""
+        self._steps, self._seed = steps, seed
+        self._values: dict[int, tuple[int, dict[str, float]]] = {}
+
+    def tell(self, one: Managed, terms: float | Tensor, source: Tensor | None = None, *, moves: bool = False) -> Told:
+        """Return what a parameter's method may know.
+
+        `source`: the weight to fit scales to, by default the parameter's own value; `moves`: also what scales that carry weights move by.
+        """
+        step = max(self._steps.values(), default=0) if one.optimizer is None else self._steps[one.optimizer]
+        return Told(
+            quantizer=one.grid,
+            step=step,
+            lr=one.group.get("lr", 0.0),
+            loss_terms=terms,
+            fit=one.held_fit(one.weight if source is None else source),
+            tensors={**one.tensors, MOVED: one.moved} if moves and one.moved is not None else one.tensors,
+            seed=self._seed,
+            name=one.name,
+            offset=one.offset,
+            scheduled=self._scheduled(one.method, step),
+            carries=one.carries,
+        )
+
+    def _scheduled(self, method: Method, step: int) -> dict[str, float]:
+        asked, values = self._values.get(id(method), (-1, {}))
+        if asked != step:
+            values = {name: value_at(name, value, step) for name, value in method.schedules.items()}
+            self._values[id(method)] = (step, values)  # the Run keeps the method alive
+        return values
 
 
 def scalar(value: float | Tensor, weight: Tensor) -> Tensor:
