@@ -6,9 +6,9 @@ Sizes are those of `stepwell.recipes.lm`: 1m, 15m, 150m, 300m; the others are ro
 computes in bf16; on a CPU it is eager float32 on one thread, and times are processor time, so that others on the machine do not count.
 Plain is torch's fused AdamW; ours is `sw.optim.AdamW` on a CPU, and on a GPU hooks around torch's fused AdamW. torchao's QAT rounds
 weights in every forward pass; its PARQ maps them every ten steps, so that its mean over the rounds says more than its median. A ratio is
-the median over rounds of a variant's time over plain's within the round. Memory is measured in a process of its own per variant: on a CPU
-the growth of the peak resident size over the built model, on a GPU the peak of allocated memory, model included. Needs
-`pip install "stepwell[bench,hf]"`.
+the median over rounds of a variant's time over plain's within the round. Memory is measured before that, one variant after the other: on a
+CPU the growth of the peak resident size over the built model, in a process of its own, on a GPU the peak of allocated memory, model
+included. Needs `pip install "stepwell[bench,hf]"`.
 """
 
 import argparse
@@ -41,10 +41,13 @@ def setting_of(options: argparse.Namespace) -> Setting:
 def measure_memory(variant: str, setting: Setting) -> float:
     """Return MB at the peak of some steps."""
     if setting.device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        base = torch.cuda.memory_allocated(setting.device)
         step = prepare(variant, setting).step
         for _ in range(MEASURED):
             step()
-        return torch.cuda.max_memory_allocated(setting.device) / 1e6
+        return (torch.cuda.max_memory_allocated(setting.device) - base) / 1e6
     torch.set_num_threads(1)
     step = prepare(variant, setting).step
     gc.collect()
@@ -61,7 +64,9 @@ def _resident(key: str) -> float:
 
 
 def memory_of(variant: str, options: argparse.Namespace) -> float:
-    """Return the same from a process of its own, with the allocator's mmap threshold fixed so that freed tensors leave it."""
+    """Return the same, on a CPU from a process of its own, with the allocator's mmap threshold fixed so that freed tensors leave it."""
+    if torch.cuda.is_available():
+        return measure_memory(variant, setting_of(options))
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     told = ["--size", options.size, "--rows", str(options.rows), "--length", str(options.length)]
     command = [sys.executable, __file__, *told, "--memory-of", variant]

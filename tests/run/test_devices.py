@@ -11,7 +11,7 @@ from torch import nn
 import stepwell as sw
 from stepwell import shrink
 from stepwell.methods import learned
-from stepwell.run import check, notices
+from stepwell.run import check, notices, passes
 from stepwell.run.managed import SCALE
 
 DEVICE = torch.device("meta")
@@ -89,6 +89,19 @@ def test_a_step_stays_on_its_device_and_reads_nothing_back(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_step_on_every_grid_does(name, grid, made):
     stays(name, grid, made)
+
+
+def test_weights_are_cut_for_the_cache_of_a_cpu_alone(monkeypatch):
+    """Every piece is thirty operations more to start, which on a GPU cost more than a pass over memory."""
+    monkeypatch.setattr(passes, "PIECE", 16 * 4)
+    rows = []
+
+    def deploy(weight, context):
+        rows.append(len(weight))
+        return weight.clone()
+
+    stepped(sw.ste(GRIDS["int4"])._replace(deploy=deploy), torch.optim.AdamW)
+    assert set(rows) == {48 * 32 // 16}
 
 
 def test_what_meets_the_cpu_or_is_read_back_is_seen():

@@ -19,6 +19,7 @@ from stepwell.run.managed import SCALE, Managed, wide
 from stepwell.run.told import MOVED, Told, scalar
 
 PIECE = 1 << 17  # elements per piece: small enough for the cache, large enough to hide the dispatch of some forty operations
+LARGE = 1 << 24  # elsewhere: a GPU has no such cache, and starting a small operation costs it more than its memory traffic
 PAYS = 1 << 24  # managed elements from which a compilation of some ten seconds is worth waiting for
 
 REACH = 10.0  # how many root mean square gradients a penalty may push a weight with
@@ -109,11 +110,11 @@ def prox(method: Method, context: Context, weight: Tensor, curvature: Tensor) ->
 
 
 def piecewise(work: Pass, managed: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
-    """Run a pass over cache-sized groups of rows."""
+    """Run a pass over groups of rows, cache-sized on a CPU."""
     context, scalars = told.context(tensors[0]), [scalar(number, tensors[0]) for number in numbers]
     blocks = [managed.blocks(tensor) for tensor in tensors]
     rows, length = blocks[0].shape
-    group = max(1, PIECE // length)
+    group = max(1, (PIECE if tensors[0].is_cpu else LARGE) // length)
     for start in range(0, rows, group):
         stop = min(start + group, rows)
         part = context if stop - start == rows else _rows(context, start, stop, length)
