@@ -5,7 +5,8 @@
 A Llama-like decoder over bytes, 21 layers of width 768: 149 million weights in its blocks. Text: the sources of the interpreter's library
 and of all installed packages, one file in twenty held out. Half of the time goes to the full-precision run; the other half is shared by
 its continuation (which rounding starts from: nearest, searched scales, GPTQ) and by STE, LOTION and STE + LOTION at every width, each from
-the same weights, on the same batches, at one learning rate that nobody was tuned for, falling to zero. Steps follow from measured speed.
+the same weights, on the same batches, at one learning rate that nobody was tuned for, falling to zero. Steps follow from measured speed:
+of a step, and of all else that one width takes, which is rehearsed once: rounding, GPTQ, evaluation, and compiling every method's passes.
 
 Losses are nats per byte on the same held-out sequences for all. The interval of a difference is 1.96 standard errors of its mean over
 sequences, paired: it says nothing about another seed. Run it with other seeds, or one width at a time, for more steps each.
@@ -35,8 +36,10 @@ from stepwell.train.corpus import python_sources
 from stepwell.train.language import build, row_losses
 from stepwell.train.recipe import Architecture
 
+Batch, Rate = Callable[[int], Tensor], Callable[[int], float]  # of a step: rows of tokens; learning rate
+
 METHODS = ("ste", "lotion", "ste + lotion")
-EVERY, PROBE, RESERVE = 20, 10, 0.8  # one file in so many is held out; steps that are timed; share of the time that training may use
+EVERY, PROBE, RESERVE = 20, 10, 0.85  # one file in so many is held out; steps that are timed; share of what is left that steps may use
 CALIBRATION = 8  # batches that GPTQ sees
 
 
@@ -80,6 +83,11 @@ class Stage(NamedTuple):
         """What logits are computed in."""
         return "bf16" if self.device.type == "cuda" else "fp32"
 
+    def calibrating(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Run the model for GPTQ, which calls it once per batch and layer: in float32 a GPU would take minutes."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            model(**batch)
+
 
 def text(scale: Scale) -> tuple[Tensor, Tensor]:
     """Return the bytes for training, `(bytes,)`, and held-out sequences `(held, length + 1)`."""
@@ -98,7 +106,7 @@ def text(scale: Scale) -> tuple[Tensor, Tensor]:
     return train, torch.stack([held[k * stride : k * stride + scale.length + 1] for k in range(scale.held)]).long()
 
 
-def batches(stage: Stage, *, seed: int) -> Callable[[int], Tensor]:
+def batches(stage: Stage, *, seed: int) -> Batch:
     """Return what gives the rows of a step: a function of seed and step alone."""
     offsets = torch.arange(stage.scale.length + 1, device=stage.device)
 
@@ -110,7 +118,7 @@ def batches(stage: Stage, *, seed: int) -> Callable[[int], Tensor]:
     return batch
 
 
-def train(stage: Stage, optimizer: torch.optim.Optimizer, rate: Callable[[int], float], steps: int, batch: Callable[[int], Tensor]) -> None:
+def train(stage: Stage, optimizer: torch.optim.Optimizer, rate: Rate, steps: int, batch: Batch) -> None:
     """Take some steps."""
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -133,7 +141,7 @@ def losses(stage: Stage) -> Tensor:
     return torch.cat(parts).double() / stage.scale.length
 
 
-def rounded(stage: Stage, bits: int, weights: dict[str, Tensor], batch: Callable[[int], Tensor]) -> dict[str, Tensor]:
+def rounded(stage: Stage, bits: int, weights: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     """Return the losses of rounding without training."""
     found, q = {}, sw.intn(bits, block=stage.scale.block)
     searched = sw.intn(bits, block=stage.scale.block, scale="mse")
@@ -146,12 +154,12 @@ def rounded(stage: Stage, bits: int, weights: dict[str, Tensor], batch: Callable
         found[name] = losses(stage)
     stage.model.load_state_dict(weights)
     seen = [{"input_ids": batch(step)[:, :-1], "use_cache": False} for step in range(CALIBRATION)]
-    gptq(stage.model, searched, seen, skip=[SKIP])
+    gptq(stage.model, searched, seen, skip=[SKIP], forward=stage.calibrating)
     found["gptq"] = losses(stage)
     return found
 
 
-def speed(stage: Stage, batch: Callable[[int], Tensor]) -> float:
+def speed(stage: Stage, batch: Batch) -> float:
     """Return seconds per step, after what is compiled is compiled."""
     optimizer = adamw(stage, 0.0)
     train(stage, optimizer, lambda step: 0.0, PROBE // 2, batch)
@@ -160,6 +168,29 @@ def speed(stage: Stage, batch: Callable[[int], Tensor]) -> float:
     train(stage, optimizer, lambda step: 0.0, PROBE, batch)
     _wait(stage)
     return (time.perf_counter() - begun) / PROBE
+
+
+def arm(stage: Stage, name: str, bits: int, begin: dict[str, Tensor], rate: Rate, steps: int, batch: Batch, *, seed: int) -> Tensor:
+    """Train by a method from given weights, and return the losses of what would ship."""
+    scale = stage.scale
+    stage.model.load_state_dict(begin)
+    optimizer = adamw(stage, rate(0))
+    method = method_of(name, sw.intn(bits, block=scale.block), scale.rows * scale.length)
+    attached = sw.attach(stage.model, method, optimizer, skip=[SKIP], seed=seed)
+    train(stage, optimizer, rate, steps, batch)
+    attached.finalize()
+    return losses(stage)
+
+
+def rehearsed(stage: Stage, bits: int, batch: Batch) -> float:
+    """Return the seconds that a width takes besides its steps; weights are what they were."""
+    begin, begun = _copy(stage.model), time.perf_counter()
+    rounded(stage, bits, begin, batch)
+    for name in METHODS:
+        arm(stage, name, bits, begin, lambda step: 1e-6, 2, batch, seed=0)
+    _wait(stage)
+    stage.model.load_state_dict(begin)
+    return time.perf_counter() - begun
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -172,14 +203,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     widths = [int(bits) for bits in options.bits.split(",")]
     first, later = batches(stage, seed=options.seed), batches(stage, seed=options.seed + 1)
     seconds = speed(stage, first)
+    other = rehearsed(stage, widths[0], later)
     if scale.steps is None:
-        left = (60 * options.minutes - (time.perf_counter() - began)) * RESERVE / seconds
+        left = (60 * options.minutes - (time.perf_counter() - began) - len(widths) * other) * RESERVE / seconds
         whole, each = int(left / 2), int(left / 2 / (1 + len(METHODS) * len(widths)))
     else:
         whole, each = scale.steps
     if min(whole, each) < PROBE:
         raise SystemExit(f"{options.minutes} minutes are {whole} and {each} steps here: too few. Give more, or fewer --bits.")
-    _say(f"{seconds:.3f} s a step: {whole} steps in full precision, then {each} for each of {1 + len(METHODS) * len(widths)}")
+    arms = 1 + len(METHODS) * len(widths)
+    _say(f"{seconds:.3f} s a step, {other:.0f} s a width besides: {whole} steps in full precision, then {each} for each of {arms}")
     top = options.lr
     train(stage, adamw(stage, 2 * top), lambda step: min(1.0, (step + 1) / 100) * cosine(2 * top, top, steps=whole)(step), whole, first)
     begin, fall = _copy(model), linear(top, 0, steps=each)
@@ -189,18 +222,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for bits in widths:
         found[str(bits)] = rounded(stage, bits, finished, later)
         for name in METHODS:
-            model.load_state_dict(begin)
-            optimizer = adamw(stage, top)
-            quantizer = sw.intn(bits, block=scale.block)
-            attached = sw.attach(model, method_of(name, quantizer, scale.rows * scale.length), optimizer, skip=[SKIP], seed=options.seed)
-            train(stage, optimizer, fall, each, later)
-            attached.finalize()
-            found[str(bits)][name] = losses(stage)
+            found[str(bits)][name] = arm(stage, name, bits, begin, fall, each, later, seed=options.seed)
             _say(f"{bits} bits, {name}: {float(found[str(bits)][name].mean()):.4f}, {time.perf_counter() - began:.0f} s")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     return {
         "machine": machine, "torch": torch.__version__, "toy": options.toy, "seed": options.seed, "lr": top, "seconds_per_step": seconds,
-        "steps": [whole, each], "tokens_per_step": scale.rows * scale.length, "bytes_of_text": len(pieces), "rows": rows_of(found),
+        "seconds_per_width": other, "steps": [whole, each], "tokens_per_step": scale.rows * scale.length, "bytes_of_text": len(pieces),
+        "rows": rows_of(found),
     }  # fmt: skip
 
 
