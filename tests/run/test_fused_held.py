@@ -4,6 +4,8 @@ What the forward pass sees, what a proximal step leaves and which gradient passe
 shows. Sums over a block are added up in another order: relative error `block * 2**-24` of the sum of the terms' magnitudes.
 """
 
+import copy
+
 import pytest
 import torch
 from tests.cases import METHODS, gaussian
@@ -211,3 +213,24 @@ def test_threads_leave_no_trace(monkeypatch):
             torch.set_num_threads(threads)
     for one, two in zip(*found, strict=True):
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["default", "learned scales, latent"])
+def test_kernels_follow_scales_that_were_loaded_or_moved(name, monkeypatch):
+    """Arrays are kept from step to step, and made anew where their tensors are others: steps from a state taken back have the same bits."""
+    monkeypatch.setattr(fused, "PAYS", 1)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    run = sw.attach(model, METHODS[name](sw.intn(3, block=16, levels="full")), optimizer)
+    train(model, optimizer, batches(2))
+    shown, state, ends = weights(model), copy.deepcopy(optimizer.state_dict()), []
+    for turn in range(3):
+        model.load_state_dict(shown)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        if turn == 2:
+            for one in run._managed:
+                one.tensors = {key: tensor.clone() for key, tensor in one.tensors.items()}
+        train(model, optimizer, batches(2, seed=1))
+        ends.append({**latents(run, model), **{str(k): one.tensors[SCALE].clone() for k, one in enumerate(run._managed)}})
+    assert all(torch.equal(ends[0][key], ends[1][key]) and torch.equal(ends[0][key], ends[2][key]) for key in ends[0])
+    assert not torch.equal(ends[0]["0"], state["state"][0]["method_tensor_scale"].reshape(-1, 1))

@@ -91,8 +91,7 @@ def run(work: passes.Pass, managed: Managed, told: Told, tensors: list[Tensor], 
         pull = float(told.loss_terms) * push.strength / 2
         _split(compiled.push, arrays, *(float(number) for number in numbers), pull, *grid, push.through_scale)
         written = tensors[1:2]
-    for tensor in written:
-        torch.autograd.graph.increment_version(tensor)  # numpy writes behind autograd's back
+    torch.autograd.graph.increment_version(written)  # numpy writes behind autograd's back
 
 
 def _arrays(managed: Managed, tensors: list[Tensor]) -> list[Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def _learn(call: Call, change: Learned) -> None:
     from stepwell.run import kernels_learned as compiled
 
     told, (gradient, weight, parameter) = call.told, call.arrays
-    own = [_rows(told.tensors[name]) for name in (SCALE, FIRST, SECOND, STEPS, PEAK)]
+    own = _learning(call)
     numbers = (float(told.lr), change.rate, *change.betas, change.eps)
     if change.sees_grid:
         carried = _rows(told.tensors[MOVED]) if told.carries else np.empty_like(own[0])
@@ -239,6 +240,19 @@ def _learn(call: Call, change: Learned) -> None:
     else:
         call.split(compiled.weigh, [gradient, weight, *own], *numbers, *call.grid)
 
+
+def _learning(call: Call) -> list[Any]:
+    """Return scales and what they learn with as arrays, made anew where the tensors lie elsewhere than a step before (loaded, moved)."""
+    own = [call.told.tensors[name] for name in (SCALE, FIRST, SECOND, STEPS, PEAK)]
+    places = [tensor.data_ptr() for tensor in own]
+    before, arrays = _LEARNING.get(call.one, ([], []))
+    if before != places:  # what lies at an address that an array holds on to is the same memory
+        arrays = [_rows(tensor) for tensor in own]
+        _LEARNING[call.one] = (places, arrays)
+    return arrays
+
+
+_LEARNING: WeakKeyDictionary[Managed, tuple[list[int], list[Any]]] = WeakKeyDictionary()
 
 KERNELS: dict[passes.Pass, Callable[[Call], int]] = {
     passes.deploy: _deploy,

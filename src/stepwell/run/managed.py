@@ -129,21 +129,20 @@ class Managed:
         searched = self.quantizer.rule == "mse" and SCALE not in self.tensors
         return bool(self.groups) or self.quantizer.scale_dtype == "e4m3" or searched
 
-    def held_fit(self, tensor: Tensor) -> Fit | None:
+    def held_fit(self, tensor: Tensor | None = None) -> Fit | None:
         """Return scales that rows cannot fit alone: those that are searched or learned, and those with one scale per tensor behind them.
 
-        `tensor` is a local weight.
+        `tensor` is a local weight, by default the parameter's own value.
         """
         if self.begun and SCALE in self.tensors:
             return self.grid.hold(self.tensors[SCALE], tensor_scale=self.reach)
         if self.begun and self.fit is not None:
             return self.fit
-        if self.reach is not None:
-            spread = self.quantizer.block is None
-            return self.grid.fit(self.reach) if spread else self.grid.fit(wide(self.blocks(tensor)), tensor_scale=self.reach)
-        if self.quantizer.scale_dtype != "e4m3":
+        if self.reach is not None and self.quantizer.block is None:
+            return self.grid.fit(self.reach)
+        if self.reach is None and self.quantizer.scale_dtype != "e4m3":
             return None
-        return self.grid.fit(wide(self.blocks(tensor)))
+        return self.grid.fit(wide(self.blocks(self.weight if tensor is None else tensor)), tensor_scale=self.reach)
 
     def refit(self, tensor: Tensor) -> None:
         """Search the scales again for a local weight, where the rule is a search and the method has none of its own."""

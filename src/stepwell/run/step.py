@@ -230,9 +230,10 @@ class Stepper:
             result = closure()
             if first:
                 self._open(optimizer, terms)
-            for entry in opened:
-                if not entry.taken:
-                    self._begin(entry.one, entry.terms)
+            with torch.no_grad():
+                for entry in opened:
+                    if not entry.taken:
+                        self._begin(entry.one, entry.terms)
             self._agree_learned(opened)
             return result
 
@@ -275,7 +276,6 @@ class Stepper:
             told = self._tell(one, entry.terms, moves=longer)
             self._run(passes.arrive if longer else passes.deploy, one, told, [one.weight, one.latent])
 
-    @torch.no_grad()
     def _begin(self, one: Managed, terms: float) -> None:
         """Replace the gradient by the method's, and hand over the latent weight; the parameter still holds what the forward pass saw."""
         if one.method.gradient is None:
@@ -293,11 +293,12 @@ class Stepper:
 
     def _push(self, one: Managed, terms: float, *, undo: bool = False) -> bool:
         """Add the penalty's gradient to the first moment; False where there is none yet, or the optimizer has none."""
-        if one.method.push is None or not moments.exact(one.optimizer, one.group) or moments.step_of(one) is None:
+        group = one.group
+        if one.method.push is None or not moments.exact(one.optimizer, group) or moments.step_of(one) is None:
             return False
-        beta = float(one.group["betas"][0])
+        beta = float(group["betas"][0])
         factor, bias = (1 - beta) / beta * (-1 if undo else 1), moments.bias(one)
-        numbers = (factor, passes.REACH**2 * bias, passes.REACH * float(one.group["eps"]))
+        numbers = (factor, passes.REACH**2 * bias, passes.REACH * float(group["eps"]))
         tensors = [one.weight, moments.first(one), moments.curvature(one), moments.second(one)]
         told = self._tell(one, terms * bias if moments.reads_moments(one.method) else terms)
         self._run(passes.push, one, told, tensors, *numbers)
@@ -309,7 +310,7 @@ class Stepper:
 
     def _run(self, work: passes.Pass, one: Managed, told: Told, tensors: list[Tensor], *numbers: float | Tensor) -> None:
         """Run a pass on the chosen path; the automatic path falls back to eager where compilation fails."""
-        if not one.weight.numel():  # an empty shard
+        if not tensors[0].numel():  # an empty shard
             return
         if self.compiled:
             try:

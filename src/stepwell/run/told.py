@@ -79,7 +79,7 @@ class Teller:
             step=step,
             lr=one.group.get("lr", 0.0),
             loss_terms=terms,
-            fit=one.held_fit(one.weight if source is None else source),
+            fit=one.held_fit(source),
             tensors={**one.tensors, MOVED: one.moved} if moves and one.moved is not None else one.tensors,
             seed=self._seed,
             name=one.name,
