@@ -7,7 +7,8 @@ interpreter's own sources, AdamW, a head that stays in float. A base per seed tr
 it every method goes on for 200 steps, 0.2 million tokens, the rate falling linearly to zero; full precision gets the same 200, and what it
 ends on is rounded: to nearest, with searched scales, by GPTQ, by GPTQ with searched scales. One learning rate for all, settled before the
 first run: half the base's, at which straight-through training does best when a byte model is cooled down in the same way; nothing is tuned
-on what is reported. All grids are symmetric with blocks of 32 but the default's, which takes every code of its bits.
+on what is reported. The default's quantized weights learn at twice the rate, so full precision and straight-through training are run at
+twice the rate too. All grids are symmetric with blocks of 32 but the default's, which takes every code of its bits.
 
 A run that results/lm_miniature.csv holds is not repeated, so that the script can be stopped and started; `--minutes` stops it between two
 runs. Writes lm_miniature.csv (runs) and lm_miniature.json (paired differences with their intervals). About an hour of one core.
@@ -51,9 +52,10 @@ BITS = (4, 3, 2)
 TEST = 256  # held-out sequences
 CALIBRATION = 32  # batches for GPTQ
 TEXT = Wanted(6_000_000, 100_000)
-TRAINED = {"ste": "_ste", "lotion": "_lotion", "ste + lotion": "_both", "default": ""}
+TRAINED = {"ste": "_ste", "lotion": "_lotion", "ste + lotion": "_both", "default": "", "ste, twice the rate": "_ste"}
 ROUNDED = ("rtn", "scale search", "gptq", "gptq, scale search")
 FLOAT, FLOAT_BITS = "full precision", 32
+TWICE = ", twice the rate"
 
 
 class Row(NamedTuple):
@@ -106,10 +108,10 @@ def base(lab: Lab, seed: int) -> Path:
     return folder
 
 
-def cooled(lab: Lab, name: str, seed: int) -> tuple[nn.Module, sw.Run | None, Recipe]:
+def cooled(lab: Lab, name: str, seed: int, *, rate: float = RATE) -> tuple[nn.Module, sw.Run | None, Recipe]:
     """Return a base after its 200 steps under a method; `name` is that of a recipe."""
     recipe = replace(
-        getattr(lm, name)(), steps=STEPS, lr=RATE, warmup=0, decay="linear", seed=1000 + seed, evaluate_rows=TEST, draws=4
+        getattr(lm, name)(), steps=STEPS, lr=rate, warmup=0, decay="linear", seed=1000 + seed, evaluate_rows=TEST, draws=4
     )  # other batches than the base's
     session = begin(recipe, load_folder(base(lab, seed), length=recipe.length), lab.tokens, here("cpu"))
     for step in range(recipe.steps):
@@ -120,9 +122,17 @@ def cooled(lab: Lab, name: str, seed: int) -> tuple[nn.Module, sw.Run | None, Re
 def trained(lab: Lab, method: str, bits: int, seed: int) -> list[Row]:
     """Train one network and measure it."""
     began = time.perf_counter()
-    model, run, recipe = cooled(lab, f"int{bits}_1m{TRAINED[method]}", seed)
+    model, run, recipe = cooled(lab, f"int{bits}_1m{TRAINED[method]}", seed, rate=2 * RATE if method.endswith(TWICE) else RATE)
     losses = evaluate(model, run, recipe, lab.tokens.held, here("cpu"), draws=recipe.draws)
     return [Row(method, bits, seed, *losses, time.perf_counter() - began)]
+
+
+def float_at_twice(lab: Lab, seed: int) -> list[Row]:
+    """Train one network in full precision at twice the rate."""
+    began = time.perf_counter()
+    model, _, recipe = cooled(lab, "fp_1m", seed, rate=2 * RATE)
+    loss = evaluate(model, None, recipe, lab.tokens.held, here("cpu")).latent
+    return [Row(FLOAT + TWICE, FLOAT_BITS, seed, loss, loss, loss, time.perf_counter() - began)]
 
 
 def float_rows(lab: Lab, seed: int) -> list[Row]:
@@ -181,6 +191,8 @@ def next_task(rows: list[Row], lab: Lab) -> Callable[[], list[Row]] | None:
     for seed in SEEDS:
         if (FLOAT, FLOAT_BITS, seed) not in there:
             return partial(float_rows, lab, seed)
+        if (FLOAT + TWICE, FLOAT_BITS, seed) not in there:
+            return partial(float_at_twice, lab, seed)
         for bits in BITS:
             for method in TRAINED:
                 if (method, bits, seed) not in there:
@@ -203,15 +215,18 @@ def summarise(rows: list[Row], lab: Lab) -> dict[str, object]:
             found = [at[method, bits, seed] for seed in SEEDS if (method, bits, seed) in at]
             if found:
                 means.append({"bits": bits, "method": method, **{k: round(mean(getattr(r, k) for r in found), 4) for k in Losses._fields}})
-        for method, other in [(m, o) for m in ("lotion", "ste + lotion", "default") for o in ("ste", "gptq, scale search", "scale search")]:
+        for method, other in [
+            (m, o) for m in ("lotion", "ste + lotion", "default") for o in ("ste", f"ste{TWICE}", "gptq, scale search", "scale search")
+        ]:
             seeds = [seed for seed in SEEDS if (method, bits, seed) in at and (other, bits, seed) in at]
             for measure in ("nearest", "randomized") if seeds else ():
                 each = [getattr(at[method, bits, s], measure) - getattr(at[other, bits, s], measure) for s in seeds]
                 differences.append({"bits": bits, "method": method, "less": other, "measure": measure, **interval(each)})
-    floats = [row.latent for row in rows if row.method == FLOAT]
+    floats, twice = ([row.latent for row in rows if row.method == name] for name in (FLOAT, FLOAT + TWICE))
     return {
         "unit": "nats per token on held-out text",
         "full_precision": round(mean(floats), 4) if floats else None,
+        "full_precision_at_twice_the_rate": round(mean(twice), 4) if twice else None,
         "rate": RATE,
         "means": means,
         "differences": differences,
