@@ -216,12 +216,13 @@ def _gradient(call: Call) -> int:
         call.split(call.compiled.clip, [gradient, weight, parameter, call.scale], low * change.clip, high * change.clip)
         return 3
     if isinstance(change, Observed):
-        call.split(call.compiled.observe, [gradient, _own(call, FISHER), _share(call, change.decay)])
+        call.split(call.compiled.observe, [gradient, _own(call, FISHER), _rows(told.tensors[SEEN])], 1 - change.decay)
     else:
         assert isinstance(change, Coupled)
         pull = float(told.loss_terms) * float(told.scheduled["strength"]) / 2
-        arrays = [gradient, weight, _own(call, FISHER), call.scale, _share(call, change.decay)]
-        call.split(call.compiled.couple, arrays, *call.grid, pull, tolerance(torch.float32, call.one.grid.format))
+        arrays = [gradient, weight, _own(call, FISHER), call.scale, _rows(told.tensors[SEEN])]
+        near = tolerance(torch.float32, call.one.grid.format)
+        call.split(call.compiled.couple, arrays, *call.grid, pull, near, 1 - change.decay)
     if call.one.method.deploy is not None:
         np.copyto(parameter, weight)
     return 3
@@ -294,11 +295,6 @@ def _own(call: Call, name: str) -> Any:
 def _rows(tensor: Tensor) -> Any:
     """Return a `(blocks, 1)` tensor as an array of `(blocks,)` on its memory."""
     return tensor.numpy().reshape(-1)
-
-
-def _share(call: Call, decay: float) -> Any:
-    """Count a step of the average and return the share that its square has in it, `(blocks,)`."""
-    return call.told.tensors[SEEN].add_(1).reciprocal().clamp_(min=1 - decay).reshape(-1).numpy()
 
 
 def _penalty(call: Call) -> tuple[list[float], bool]:

@@ -162,12 +162,13 @@ def clip(gradient: Array, weight: Array, parameter: Array, scale: Array, low: fl
             parameter[k, j] = weight[k, j]
 
 
-@compiled(f"void({ROWS}, {ROWS}, {SCALES})")
-def observe(gradient: Array, mean: Array, share: Array) -> None:
-    """Take squared gradients into an average; `share`: what they have in it."""
+@compiled(f"void({ROWS}, {ROWS}, {SCALES}, {NUMBER})")
+def observe(gradient: Array, mean: Array, seen: Array, least: float) -> None:
+    """Take squared gradients into an average; `seen`: its steps, which are counted; `least`: the smallest share that one has in it."""
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
-        part = share[k]
+        seen[k] += ONE
+        part = max(ONE / seen[k], least)
         for j in range(length):
             square, old = gradient[k, j] * gradient[k, j], mean[k, j]
             mean[k, j] = (square - old) * part + old
@@ -313,23 +314,25 @@ def descend(
             into[k, j] = (force[j] + mark[j] * share) * rate
 
 
-@compiled(f"void({', '.join([ROWS] * 3)}, {SCALES}, {SCALES}, {GRID}, {NUMBER}, {NUMBER})")
+@compiled(f"void({', '.join([ROWS] * 3)}, {SCALES}, {SCALES}, {GRID}, {', '.join([NUMBER] * 3)})")
 def couple(
     gradient: Array,
     weight: Array,
     mean: Array,
     scale: Array,
-    share: Array,
+    seen: Array,
     low: float,
     high: float,
     shift: float,
     pull: float,
     tolerance: float,
+    least: float,
 ) -> None:
     """As `passes.gradient` of coupled LOTION: add the penalty's gradient, then take the square of the task's into the average."""
     length = np.uint64(gradient.shape[1])
     for k in range(np.uint64(gradient.shape[0])):
-        divisor, strength, part = divisor_of(scale[k]), scale[k] * pull, share[k]
+        seen[k] += ONE
+        divisor, strength, part = divisor_of(scale[k]), scale[k] * pull, max(ONE / seen[k], least)
         for j in range(length):
             task, old = gradient[k, j], mean[k, j]
             units = min(max(weight[k, j] / divisor, low), high)
