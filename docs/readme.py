@@ -39,7 +39,7 @@ def cost() -> str:
     note = (
         f"int4 in blocks of 32 on the {weights} block weights of a 4-layer transformer, 1024 tokens a step, AdamW, float32. Medians of "
         f"{result['rounds']} interleaved rounds, ratio within a round (processor time); {result['machine']}; torch {result['torch']}. "
-        f"{without}The floor is the memory traffic of the extra passes at the speed of a copy. "
+        f"{without}The floor is the memory traffic of the extra passes at the speed of a copy; what is still in the cache costs less. "
         "`python benchmarks/step_cost.py` measures it again."
     )
     return "\n".join([head, *rows, "", note])
