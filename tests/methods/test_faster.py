@@ -19,6 +19,14 @@ METHODS = {
 }
 
 
+def grouped(model, made, multiplier: float) -> torch.optim.Optimizer:
+    """Return an optimizer that has the quantized weights in a group of their own, with that much more learning rate."""
+    groups = [{"params": [one for name, one in model.named_parameters() if (name in QUANTIZED) is mine]} for mine in (True, False)]
+    optimizer = made(groups)
+    optimizer.param_groups[0]["lr"] *= multiplier
+    return optimizer
+
+
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if "fused" not in name or "adamw" in name])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_multiplier_is_a_parameter_group_with_that_much_more_learning_rate(method, optimizer):
@@ -31,16 +39,90 @@ def test_a_multiplier_is_a_parameter_group_with_that_much_more_learning_rate(met
     data, found = batches(20, dtype=torch.float64), []
     for multiplier, made in ((2.5, METHODS[method](Q)), (1.0, sw.faster(METHODS[method](Q), 2.5))):
         model = network(dtype=torch.float64)
-        stepper = OPTIMIZERS[optimizer](model.parameters())
-        rate = stepper.param_groups[0]["lr"]
-        chosen = [parameter for name, parameter in model.named_parameters() if name in QUANTIZED]
-        rest = [parameter for name, parameter in model.named_parameters() if name not in QUANTIZED]
-        stepper = OPTIMIZERS[optimizer]([{"params": chosen, "lr": multiplier * rate}, {"params": rest}])
+        stepper = grouped(model, OPTIMIZERS[optimizer], multiplier)
         run = sw.attach(model, made, stepper)
         train(model, stepper, data)
         found.append(latents(run, model))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-12)
+
+
+class Sharp(torch.optim.SGD):
+    """Sharpness-aware minimization: looks at a second place, and steps from the first with the gradient found there."""
+
+    def step(self, closure):
+        loss = closure()
+        held = [(parameter, parameter.detach().clone()) for group in self.param_groups for parameter in group["params"]]
+        with torch.no_grad():
+            for parameter, _ in held:
+                parameter.add_(parameter.grad, alpha=0.05)
+        closure()
+        with torch.no_grad():
+            for parameter, value in held:
+                parameter.copy_(value)
+        super().step()
+        return loss
+
+
+def moves(model, optimizer, method, count: int) -> dict[str, torch.Tensor]:
+    """Return how far the latent weights come in that many steps with a closure."""
+    run = sw.attach(model, method, optimizer)
+    before = latents(run, model)
+    for inputs, targets in batches(count, dtype=torch.float64):
+
+        def closure(inputs=inputs, targets=targets):
+            with torch.enable_grad():
+                optimizer.zero_grad()
+                loss = torch.nn.functional.mse_loss(model(inputs), targets)
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return {name: value - before[name] for name, value in latents(run, model).items() if name in QUANTIZED}
+
+
+def test_a_closure_that_is_called_again_leaves_the_start_of_the_step_where_it_was():
+    """Against a parameter group of its own; what the second call sees is not what the step is measured from."""
+    found = []
+    for multiplier, method in ((2.5, sw.ste(Q)), (1.0, sw.faster(sw.ste(Q), 2.5))):
+        model = network(dtype=torch.float64)
+        optimizer = grouped(model, lambda parameters: Sharp(parameters, lr=0.05), multiplier)
+        found.append(moves(model, optimizer, method, 5))
+    for name in QUANTIZED:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_step_is_longer_as_a_whole(search):
+    """However many steps it has inside, and wherever its line search has looked last."""
+    found = []
+    for multiplier in (1, 2):
+        model = network(dtype=torch.float64)
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.2, max_iter=5, line_search_fn=search)
+        found.append(moves(model, optimizer, sw.faster(sw.ste(Q), multiplier), 1))
+    for name in QUANTIZED:
+        assert found[0][name].any()
+        torch.testing.assert_close(found[1][name], 2 * found[0][name], rtol=0, atol=1e-12)
+
+
+OWN_STEPS = {
+    "cage": (lambda: sw.cage(Q, pull=1.0), OPTIMIZERS["adamw for-loop"]),
+    "a penalty beside SGD": (lambda: sw.fisher(sw.lotion(Q, loss_terms=TERMS, forward="nearest")), OPTIMIZERS["sgd momentum foreach"]),
+}
+
+
+@pytest.mark.parametrize("name", OWN_STEPS)
+def test_a_step_that_the_method_takes_itself_is_as_much_longer(name):
+    """Against a parameter group of its own, where the method is told the group's rate."""
+    found = []
+    for multiplier, longer in ((2.5, 1.0), (1.0, 2.5)):
+        model = network(dtype=torch.float64)
+        optimizer = grouped(model, OWN_STEPS[name][1], multiplier)
+        run = sw.attach(model, sw.faster(OWN_STEPS[name][0](), longer), optimizer)
+        train(model, optimizer, batches(10, dtype=torch.float64))
+        found.append(latents(run, model))
+    for key in found[0]:
+        torch.testing.assert_close(found[0][key], found[1][key], rtol=0, atol=1e-12)
 
 
 def test_one_is_the_method_itself():

@@ -26,7 +26,7 @@ class Context(NamedTuple):
     Attributes:
         quantizer: the grid for `(blocks, block)` rows, one scale each.
         step: optimizer steps done since the run began.
-        lr: 0-dim, learning rate of the parameter's group.
+        lr: 0-dim, learning rate of the parameter's group; in `prox`, and where a step goes down `push`, times the method's multiplier.
         loss_terms: 0-dim, what turns the curvature that is given into the loss's own: loss terms averaged per optimizer step times the bias
             correction of Adam's second moment; 1 where the caller gives the curvature.
         fit: scales that the Run holds (searched, learned, or spanning the whole tensor); None means refit from the weight.

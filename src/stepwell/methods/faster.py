@@ -3,6 +3,7 @@
 Source: none. A rounded forward pass must move a weight by a whole cell before anything changes, parameters in float must not; one learning
 rate for both is a compromise, the worse the fewer the bits. Where every step is in proportion to the learning rate, weight decay included,
 as Adam's and SGD's are, this is a parameter group of its own with that much more of it; unlike one it needs no change to the optimizer.
+A step that a method takes itself after the optimizer's (CAGE's pull, a penalty that no moment takes) is as much longer.
 """
 
 import math

@@ -117,6 +117,13 @@ class Managed:
         torch.mul(self.blocks(self.latent), self.moved, out=blocks)
         self.put_back(self.weight, blocks)
 
+    def carried(self, weight: Tensor) -> Tensor:
+        """Return a new local weight: this one times what the scales that carry it were multiplied by, where they do."""
+        found = weight.clone(memory_format=torch.preserve_format)
+        if self.moved is not None:
+            self.put_back(found, self.blocks(found) * self.moved)
+        return found
+
     @property
     def orphaned(self) -> bool:
         """Whether the model holds another parameter under this name by now."""

@@ -31,6 +31,8 @@ class Opened(NamedTuple):
         taken: whether the optimizer makes the whole step, so that nothing is done around it.
         scales: the method's own scales, and what they learn with, as they were before the step: one number per block each. With them the
             average of squared gradients, where a method keeps one.
+        start: the latent weight before the step, times what its scales have carried it by since; kept where the method asks for a longer
+            step and the optimizer has called its closure again, which puts other latent weights in its place.
     """
 
     one: Managed
@@ -38,6 +40,7 @@ class Opened(NamedTuple):
     terms: float
     taken: bool
     scales: dict[str, Tensor]
+    start: Tensor | None = None
 
     @property
     def unused(self) -> bool:

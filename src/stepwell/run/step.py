@@ -156,9 +156,10 @@ class Stepper:
             self.steps[optimizer] += 1
             opened = self._active[optimizer]
             regularized = {entry.one: entry.terms for entry in opened if not entry.taken and self._regularizes(entry.one)}
-            early = {entry.one for entry in opened if self._lengthens(entry.one) and (entry.one in regularized or entry.one.fits_apart)}
-            for one in early:
-                self._run(passes.lengthen, one, self._tell(one, 1.0, moves=True), [one.weight, one.source])
+            longer = [entry for entry in opened if self._lengthens(entry.one)]
+            early = {one: start for one, *_, start in longer if start is not None or one in regularized or one.fits_apart}
+            for one, start in early.items():
+                self._run(passes.lengthen, one, self._tell(one, 1.0, moves=True), [one.weight, one.source if start is None else start])
             sharding.agree([(one, one.weight) for one in regularized if one.groups])
             for one, terms in regularized.items():
                 self._regularize(one, terms)
@@ -222,8 +223,10 @@ class Stepper:
         def run() -> Any:
             opened = self._active.get(optimizer, [])
             first = optimizer not in self._active
-            for entry in opened:
+            for place, entry in enumerate(opened):
                 if entry.one.latent is not None and not entry.taken:
+                    if self._lengthens(entry.one):
+                        opened[place] = entry._replace(start=entry.one.carried(entry.one.latent if entry.start is None else entry.start))
                     entry.one.latent.copy_(entry.one.weight)
                     self.show(entry.one)
             torch.clear_autocast_cache()
@@ -248,13 +251,17 @@ class Stepper:
         return one.method.prox is not None or (one.method.push is not None and not moments.exact(one.optimizer, one.group))
 
     def _regularize(self, one: Managed, terms: float) -> None:
-        """Take the method's own step after the optimizer's: down a penalty that no moment takes, or to the proximal point."""
+        """Take the method's own step after the optimizer's: down a penalty that no moment takes, or to the proximal point.
+
+        It is as many times as long as the optimizer's, as under a learning rate that is so many times as high.
+        """
+        rate = one.group.get("lr", 0.0) * one.method.rate_multiplier
         if one.method.push is not None and not moments.exact(one.optimizer, one.group):
             down = torch.empty_like(one.weight)
-            self._run(passes.descend, one, self._tell(one, terms), [down, one.weight, moments.curvature(one)])
+            self._run(passes.descend, one, self._tell(one, terms)._replace(lr=rate), [down, one.weight, moments.curvature(one)])
             one.weight.sub_(down)
         if one.method.prox is not None:
-            told = self._tell(one, terms * moments.correction(one))
+            told = self._tell(one, terms * moments.correction(one))._replace(lr=rate)
             if moments.reads_moments(one.method):
                 told = told._replace(correction=moments.bias(one))
             self._run(passes.prox, one, told, [one.weight, moments.curvature(one)])
