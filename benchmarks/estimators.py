@@ -14,7 +14,7 @@ estimators_rates.csv; `--wide` measures its reported runs on 4096 test sequences
 estimators_NAME.csv and so on, made up of the letters and digits of its name; what is written of the main base, the page included, stays
 as it is.
 
-Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies unfoldNd`.
+Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies==2.0.1 unfoldNd`.
 About three quarters of an hour of one core.
 """
 
@@ -32,7 +32,7 @@ from estimating.peers import missing, peers
 from estimating.runs import RESULTS, SEEDS, Run, Table, fill, made
 from estimating.summary import document, figure, read, summarise, write
 
-SWEPT = (1.1e-3, 2.2e-3, 4.4e-3)
+SWEPT = (0.75e-3, 1.5e-3, 3e-3)
 PEERS_AFTER = "default"  # the row that peers follow, so that the most important come first
 
 
