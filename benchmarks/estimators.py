@@ -14,8 +14,8 @@ estimators_rates.csv; `--wide` measures its reported runs on 4096 test sequences
 estimators_NAME.csv and so on, made up of the letters and digits of its name; what is written of the main base, the page included, stays
 as it is.
 
-Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies==2.0.1 unfoldNd`.
-About three quarters of an hour of one core.
+Needs `pip install "stepwell[bench]"`; Brevitas, whose pins contradict ours, by `pip install --no-deps brevitas dependencies==2.0.1
+unfoldNd`, quanto by `pip install --no-deps optimum-quanto optimum`. About an hour and a quarter of one core.
 """
 
 import argparse
