@@ -155,7 +155,13 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         axis.set_yticks(range(len(shown)), [row.method for row in shown], fontsize=8)
         _logarithmic(axis, shown)
         axis.set_title(titled(bits))
+        axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", alpha=0.3)
+    drawn.supxlabel(
+        "Left is better. Blue: the default; brown: other libraries; grey: the library's other methods; light: rounded after training. "
+        "Bars: 95 %.",
+        fontsize=8,
+    )
     drawn.tight_layout()
     drawn.savefig(path, metadata={"Date": None})
     plt.close(drawn)
