@@ -55,7 +55,8 @@ def draw(rows: list[dict[str, object]]) -> None:
             axis.errorbar(values, place, xerr=half, fmt="o", markersize=3, color=colour, label=label)
         axis.set(title=grid, xlabel="nats per byte above full precision")
         axis.set_xscale("symlog", linthresh=0.01)
-        axis.set_xlim(0, None)
+        axis.set_xlim(min(0.0, axis.get_xlim()[0]), None)  # the default ends below full precision at 4 bits
+        axis.axvline(0, color="#888888", linewidth=0.6)
         axis.set_yticks(range(len(order)), order, fontsize=8)
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, "language.svg")
