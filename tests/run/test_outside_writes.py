@@ -8,6 +8,7 @@ from tests.cases import gaussian
 from torch import nn
 
 import stepwell as sw
+from stepwell.schedules import linear
 
 Q = sw.int4(block=16)
 
@@ -88,6 +89,26 @@ def test_weights_loaded_inside_deployed_stay(method):
     assert torch.equal(layer.weight, torch.full((16, 32), 0.5))
     run.finalize()
     assert torch.equal(layer.weight, torch.full((16, 32), 0.5))
+
+
+@pytest.mark.parametrize("method", [sw.parq(Q, slope=linear(1, 0, steps=4)), sw.sampled(Q)], ids=["parq", "sampled"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "no gradient"])
+def test_a_weight_that_steps_leave_alone_follows_the_schedule(method, frozen):
+    """A forward pass that changes with the step is no write from outside where a weight is frozen, or nobody has used it."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(32, 16, bias=False) for _ in range(2))
+    model[0].weight.requires_grad_(not frozen)
+    optimizer = torch.optim.AdamW(model[frozen:].parameters(), lr=1e-2)
+    before = model[0].weight.detach().clone()
+    run = sw.attach(model, method, optimizer)
+    first = model[0].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model[1], optimizer, 5)
+        assert torch.equal(model[0].weight, Q(before)) or method.name == "sampled"
+        assert not torch.equal(model[0].weight, first)
+        with run.latent():
+            assert torch.equal(model[0].weight, before)
 
 
 def test_a_replaced_parameter_is_refused_by_name():

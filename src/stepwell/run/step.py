@@ -169,9 +169,16 @@ class Stepper:
                 entry.one.note()
                 opened[place] = entry._replace(scales={})  # should a later one fail, what is finished keeps its scales
             del self._active[optimizer]
+            self._keep_up(optimizer, {entry.one for entry in opened})
             self.begin_due()
             torch.clear_autocast_cache()
         self._phases[optimizer].close()  # last: an exception above leaves the step to be repaired
+
+    def _keep_up(self, optimizer: Optimizer, stepped: set[Managed]) -> None:
+        """Show what had no gradient as the next forward pass shall see it: with a schedule or with draws that is not what the last one saw."""
+        for one in self._managed:
+            if one.latent is not None and one not in stepped and one.optimizer in (optimizer, None) and not one.method.deploys_nearest:
+                self.show(one)
 
     def repair(self) -> None:
         """Undo what a step that ended in an exception left behind: managed parameters go back to before it."""
