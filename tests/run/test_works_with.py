@@ -386,11 +386,16 @@ def test_half_precision_parameters_warn_once_and_train_as_plainly():
     assert torch.equal(encoded["0.weight"].decode().bfloat16(), model[0].weight)
 
 
-def test_model_may_be_cast_after_attach():
-    """`model.to(float64)` gives parameters new memory with the same values: no outside write, and the latent weights follow."""
+@pytest.mark.parametrize(
+    "method",
+    [sw.ste(Q), sw.lsq(Q), sw.fisher(sw.lotion(Q, loss_terms=1e-3)), sw.learned(sw.fisher(sw.lotion(Q, loss_terms=1e-3)))],
+    ids=lambda method: method.name,
+)
+def test_model_may_be_cast_after_attach(method):
+    """`model.to(float64)` gives parameters new memory with the same values: no outside write, and latent weights and own tensors follow."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = sw.attach(model, sw.ste(Q), optimizer)
+    run = sw.attach(model, method, optimizer)
     before = latents(run, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -400,6 +405,7 @@ def test_model_may_be_cast_after_attach():
     assert held["0.weight"].dtype == torch.float64
     assert not torch.equal(held["0.weight"].float().double(), held["0.weight"])  # trained in float64, not through float32
     assert (held["0.weight"] - before["0.weight"]).abs().max() < 0.5
+    assert {tensor.dtype for one in run._managed for tensor in one.tensors.values()} <= {torch.float64}
 
 
 def test_deep_copy_of_the_model_holds_what_the_forward_pass_sees_and_is_free():

@@ -179,12 +179,13 @@ class Managed:
         return encoded._replace(codes=codes.contiguous(), zero_points=fit.zero.reshape(grouped))
 
     def follow(self) -> bool:
-        """Take the latent weight and all scales along to where the parameter was moved, in its dtype; say whether it had moved."""
-        weight = self.weight
+        """Take the latent weight and all scales along to where the parameter was moved, in its dtype; say whether a latent weight moved."""
+        weight, dtype = self.weight, torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        own = self.tensors.items()
+        self.tensors = {key: tensor.to(weight.device, dtype if tensor.is_floating_point() else tensor.dtype) for key, tensor in own}
         if self.latent is None or (self.latent.device == weight.device and self.latent.dtype == weight.dtype):
             return False
         self.latent = self.latent.to(weight)
-        self.tensors = {key: tensor.to(weight.device) for key, tensor in self.tensors.items()}
         self.reach = None if self.reach is None else self.reach.to(wide(weight))
         if self.fit is not None:
             self.fit = Fit(*(None if part is None else part.to(weight.device) for part in self.fit))  # type: ignore[arg-type]

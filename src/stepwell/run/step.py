@@ -175,7 +175,7 @@ class Stepper:
         self._phases[optimizer].close()  # last: an exception above leaves the step to be repaired
 
     def _keep_up(self, optimizer: Optimizer, stepped: set[Managed]) -> None:
-        """Show what had no gradient as the next forward pass shall see it: with a schedule or with draws that is not what the last one saw."""
+        """Show what had no gradient as the next forward pass shall see it: under a schedule or draws, not as the last one saw it."""
         for one in self._managed:
             if one.latent is not None and one not in stepped and one.optimizer in (optimizer, None) and not one.method.deploys_nearest:
                 self.show(one)

@@ -23,6 +23,9 @@ def adopt(managed: Sequence[Managed], stepper: Stepper, *, by_value: bool) -> tu
     spanning = [one for one in managed if one.groups]
     asked = by_value or not all(one.untouched for one in spanning)
     for one in managed:
+        if one.latent is None and not one.untouched:
+            one.follow()
+            one.note()
         if one.latent is None or (one.untouched and not by_value):
             continue
         expected, written = stepper.expected(one), one.weight
