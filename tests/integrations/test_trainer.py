@@ -164,7 +164,7 @@ def test_count_can_be_left_to_the_caller(tmp_path):
     assert parts[2].loss_terms == 7
 
 
-def attaching(folder, attach, **options):
+def attaching(folder, attach, *, base=None, **options):
     """A Trainer that makes its optimizer itself: the steps of `trainer`, at a constant rate."""
     from transformers import TrainingArguments
 
@@ -173,7 +173,7 @@ def attaching(folder, attach, **options):
                 "optim": "adamw_torch", "lr_scheduler_type": "constant", "max_steps": 6, "save_strategy": "steps",
                 "save_steps": 3, **options}  # fmt: skip
     args = TrainingArguments(output_dir=str(folder), **settings)
-    return attaching_trainer(attach)(llama(), args, train_dataset=Rows(48), eval_dataset=Rows(8, seed=1))
+    return attaching_trainer(attach, base=base)(llama(), args, train_dataset=Rows(48), eval_dataset=Rows(8, seed=1))
 
 
 def begin(model, optimizer):
@@ -205,6 +205,36 @@ def test_run_on_another_optimizer_than_the_trainers_is_refused_before_training(t
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     with pytest.raises(RuntimeError, match=r"optimizer of its own.*`optimizers=\(optimizer, scheduler\)`.*`attaching_trainer"):
         Trainer(model, args, train_dataset=Rows(8), callbacks=[trainer_callback(run)]).train()
+
+
+@pytest.mark.parametrize("finds", [True, False], ids=["auto_find_batch_size", "train again"])
+def test_training_that_broke_off_begins_anew_on_its_latent_weights(tmp_path, finds):
+    from transformers import Trainer
+
+    class Failing(Trainer):
+        left = None
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2 and self.left is None:
+                self.left = latent(self.follow.run, self.model)
+                raise RuntimeError("CUDA out of memory. Tried to allocate more.")
+            return super().training_step(*args, **kwargs)
+
+    begun = []
+
+    def attach(model, optimizer):
+        begun.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        return begin(model, optimizer)
+
+    made = attaching(tmp_path, attach, base=Failing, save_strategy="no", auto_find_batch_size=finds)
+    if not finds:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.train()
+    made.train()
+    assert len(begun) == 2
+    assert made.follow.run.steps == 6  # its schedules begin with the Trainer's
+    assert all(torch.equal(begun[1][name], made.left[name]) for name in begun[1])
+    assert not made.model._forward_pre_hooks
 
 
 def test_attach_that_returns_no_run_is_refused(tmp_path):

@@ -84,7 +84,8 @@ def attaching_trainer(attach: Callable[[nn.Module, Optimizer], Run], *, base: ty
     It is when accelerate has prepared model and optimizer, which under FSDP2 are shards by then, and no checkpoint has been loaded yet.
 
     Args:
-        attach: `attach(model, optimizer)` -> the run, called once per `train`; the optimizer is that of `args` or of `create_optimizer`.
+        attach: `attach(model, optimizer)` -> the run, called whenever training begins, which it does again with `auto_find_batch_size`;
+            the optimizer is that of `args` or of `create_optimizer`.
         base: the Trainer to derive from, such as TRL's; None is transformers' own.
         count: as in `trainer_callback`.
 
@@ -110,10 +111,12 @@ class _Attaching:
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         """Begin the run, then make the schedule: Trainer calls this once everything is prepared, and loads a checkpoint after it."""
         trainer: Any = self
+        stepped = _bare(optimizer or trainer.optimizer)
         if trainer.follow is not None:
             trainer.remove_callback(trainer.follow)
+            trainer.follow.leave(stepped)
         _refuse_renamed(trainer.model)
-        run = self._attach(trainer.model, _bare(optimizer or trainer.optimizer))
+        run = self._attach(trainer.model, stepped)
         if not isinstance(run, Run):
             raise TypeError(f"`attach` must return the run that `sw.attach` gives it: got {type(run).__name__}.")
         trainer.follow = trainer_callback(run, count=self._count)
@@ -203,6 +206,14 @@ class _Following:
             put(self.run.model, self.encoded)
         if state.is_world_process_zero:
             save(self.encoded, Path(args.output_dir) / FILE)
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """Let go of a run that training broke off (too large a batch, an interruption): the next one begins on its latent weights."""
+        self._shown.close()
+        if self._hook is not None:
+            self._hook.remove()
+        if has_run(optimizer):
+            self.run.detach()
 
     def _show(self) -> None:
         """Hold deployed weights until the evaluation is over."""
