@@ -111,6 +111,13 @@ def test_a_weight_that_steps_leave_alone_follows_the_schedule(method, frozen):
             assert torch.equal(model[0].weight, before)
 
 
+def test_a_users_own_reshard_is_left_alone():
+    """Looking asks FSDP2's modules to be shards again, and nobody else's."""
+    layer, _, run = trained()
+    layer.reshard = nn.Linear(2, 2)
+    assert run.health().total.elements == 512
+
+
 def test_a_replaced_parameter_is_refused_by_name():
     layer, _, run = trained()
     layer.load_state_dict({"weight": torch.ones(16, 32)}, assign=True)
