@@ -9,7 +9,7 @@ from stepwell.methods.fisher import FISHER
 from stepwell.run import moments
 from stepwell.run.managed import SCALE, Managed
 
-MOVED = (SCALE, FISHER)  # how the names begin of what a method's gradient moves
+KEPT = (SCALE, FISHER)  # how the names begin of what a method's gradient moves, and a step that fails puts back
 Terms = Callable[[Managed, int], float]
 Replaced = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -56,5 +56,5 @@ class Opened(NamedTuple):
 def remember(one: Managed, terms: float, *, taken: bool) -> Opened:
     """Return the record of a parameter whose step begins; only a method that sees gradients can move its scales and its average."""
     moves = not taken and one.method.gradient is not None
-    scales = {key: tensor.clone() for key, tensor in one.tensors.items() if moves and key.startswith(MOVED)}
+    scales = {key: tensor.clone() for key, tensor in one.tensors.items() if moves and key.startswith(KEPT)}
     return Opened(one, None, terms, taken, scales)
