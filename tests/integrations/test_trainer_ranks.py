@@ -1,19 +1,15 @@
 """The Trainer on two ranks (gloo, on the CPU), in copies (DDP) and in shards (FSDP2 by accelerate), against one process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from tests.integrations.trainer_subject import LENGTH, Rows
 from tests.integrations.trainer_worker import attaching, trained
+from tests.torchrun import cases_in, on_two_ranks
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -21,22 +17,8 @@ pytestmark = pytest.mark.slow
 def two(tmp_path_factory):
     """What two ranks found: weights by case and name, and numbers."""
     folder = tmp_path_factory.mktemp("trainer")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "tests.integrations.trainer_worker",
-    ]
-    done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    cases = {}
-    for key, tensor in load_file(folder / "found.safetensors").items():
-        case, _, name = key.partition("/")
-        cases.setdefault(case, {})[name] = tensor
-    return cases, json.loads((folder / "numbers.json").read_text())
+    on_two_ranks("tests.integrations.trainer_worker", folder)
+    return cases_in(folder), json.loads((folder / "numbers.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 """`stepwell train --compile` on two ranks (gloo, on the CPU), in shards and in copies, from the command line: one process's weights."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("transformers")
 from tests.language import text_folder
+from tests.torchrun import on_two_ranks
 from tests.train.sharded_worker import furthest, recipe, weights
 
 from stepwell.train.pretrain import pretrain
 
-ROOT = Path(__file__).parents[2]
 MINE = "tests.train.sharded_worker:recipe"
 
 
@@ -36,9 +32,6 @@ def place(tmp_path_factory):
 def test_compiled_on_two_ranks_ends_where_one_process_ends(place, spread):
     """Micro-batches of 2 and 1 row, so of two shapes; Adam may turn the rounding errors of fused sums into a share of a step of 3e-3."""
     folder = place / f"two{len(spread)}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stepwell", "train", MINE]
-    options = ["--data", str(place / "data"), "--out", str(folder), "--compile", *spread]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "rounded to nearest (RTN)" in done.stdout
+    printed = on_two_ranks("stepwell", "train", MINE, "--data", place / "data", "--out", folder, "--compile", *spread)
+    assert "rounded to nearest (RTN)" in printed
     assert furthest(resumed(folder, compile=True), resumed(place / f"one{len(spread)}")) < 1e-4

@@ -1,18 +1,12 @@
 """A language model on two ranks (gloo, on the CPU): FSDP2 and DDP against one process, and checkpoints that change world size."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 from tests.language import text_folder, tokens_in
+from tests.torchrun import cases_in, on_two_ranks
 from tests.train.sharded_worker import LOOKS, NAMES, furthest, looked, run, trained
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +27,8 @@ def alone(folder):
 @pytest.fixture(scope="module")
 def two(folder, alone):
     """What two ranks found, by case and name, and what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.train.sharded_worker"]
-    done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    cases = {}
-    for key, tensor in load_file(folder / "found.safetensors").items():
-        case, _, name = key.partition("/")
-        cases.setdefault(case, {})[name] = tensor
-    return cases, done.stdout
+    printed = on_two_ranks("tests.train.sharded_worker", folder)
+    return cases_in(folder), printed
 
 
 @pytest.mark.parametrize("case", [*(f"shards {name}" for name in NAMES), "copies int4_1m"])
