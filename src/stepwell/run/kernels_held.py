@@ -212,6 +212,14 @@ def cells(
     return total / max(marks, HALF)
 
 
+@compiled(f"void({SCALES}, {SCALES}, {NUMBER}, {NUMBER})")
+def bound(force: Array, second: Array, spread: float, floor: float) -> None:
+    """Bound one block's forces as `passes.push` does: rarely needed, and a root costs as much as all the rest."""
+    for j in range(np.uint64(force.shape[0])):
+        most = np.sqrt(second[j] * spread) + floor
+        force[j] = min(max(force[j], -most), most)
+
+
 @compiled(
     f"void({', '.join([ROWS] * 4)}, {SCALES}, {GRID}, {', '.join([NUMBER] * 6)})",
     fastmath=SUMS,
@@ -242,10 +250,8 @@ def push(
             force[j] += mark[j] * share
             over = max(abs(force[j]) - floor, ZERO)
             beyond += ONE if over * over > second[k, j] * spread else ZERO
-        if beyond > ZERO:  # rare, and a root costs as much as all the rest
-            for j in range(length):
-                bound = np.sqrt(second[k, j] * spread) + floor
-                force[j] = min(max(force[j], -bound), bound)
+        if beyond > ZERO:
+            bound(force, second[k], spread, floor)
         for j in range(length):
             moment[k, j] += force[j] * factor
 
@@ -279,9 +285,7 @@ def push_apart(
             over = max(abs(force[j]) - floor, ZERO)
             beyond += ONE if over * over > second[k, j] * spread else ZERO
         if beyond > ZERO:
-            for j in range(length):
-                bound = np.sqrt(second[k, j] * spread) + floor
-                force[j] = min(max(force[j], -bound), bound)
+            bound(force, second[k], spread, floor)
         for j in range(length):
             moment[k, j] += force[j] * factor
 
